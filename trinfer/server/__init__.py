@@ -1,0 +1,1 @@
+"""The life of one engine: states, readiness, health, diagnosis, and the public ``InferenceServer``."""
