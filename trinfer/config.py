@@ -40,7 +40,7 @@ class FrozenDict(dict[str, Any]):
         raise TypeError("an InferenceConfig is immutable: make a changed copy with dataclasses.replace()")
 
     __setitem__ = __delitem__ = _refuse
-    update = setdefault = pop = popitem = clear = __ior__ = _refuse  # type: ignore[assignment]
+    update = setdefault = pop = popitem = clear = __ior__ = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FrozenDict, (dict(self),)
@@ -191,9 +191,7 @@ class InferenceConfig:
         value = getattr(self, name)
         ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
         if not ok or (high is not None and value > high):
-            self._refuse(
-                name, f"an integer from {low} to {high}" if high is not None else f"an integer >= {low}"
-            )
+            self._refuse(name, f"an integer from {low} to {high}" if high is not None else f"an integer >= {low}")
 
     def _seconds(self, name: str, *, positive: bool) -> None:
         value = getattr(self, name)
@@ -230,9 +228,10 @@ class InferenceConfig:
         if self.gpus is None:
             return
         allowed = "a sequence of GPU indexes >= 0 or UUIDs, each once, or None"
-        if isinstance(self.gpus, str) or not hasattr(self.gpus, "__iter__"):
+        given: object = self.gpus  # users without a type checker give other things
+        if isinstance(given, str) or not hasattr(given, "__iter__"):
             self._refuse("gpus", allowed)
-        gpus = tuple(self.gpus)
+        gpus: tuple[object, ...] = tuple(self.gpus)
         for gpu in gpus:
             index = isinstance(gpu, int) and not isinstance(gpu, bool) and gpu >= 0
             uuid = isinstance(gpu, str) and gpu != "" and "," not in gpu
@@ -244,9 +243,7 @@ class InferenceConfig:
 
     def _check_kind(self) -> None:
         if self.server_type in NEEDS_MODEL and not self.model_name_or_path:
-            self._refuse(
-                "model_name_or_path", f"a model's name or path, which {self.server_type} cannot do without"
-            )
+            self._refuse("model_name_or_path", f"a model's name or path, which {self.server_type} cannot do without")
         if self.server_type == "endpoint":
             if self.endpoint_url is None:
                 self._refuse("endpoint_url", 'a URL such as "http://host:8000/v1" with server_type "endpoint"')

@@ -187,9 +187,7 @@ class RequestError(InferenceError):
         attempts: int = 1,
         elapsed: float = 0.0,
     ) -> None:
-        super().__init__(
-            message, cause=cause, advice=advice, log_tail=log_tail, status=status, payload=payload
-        )
+        super().__init__(message, cause=cause, advice=advice, log_tail=log_tail, status=status, payload=payload)
         self.server_message = server_message
         self.request_id = request_id
         self.attempts = attempts

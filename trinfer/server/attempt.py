@@ -51,6 +51,7 @@ class Attempt:
         self.port: int | None = None
         self.uds: str | None = None
         self._lease: PortLease | SocketLease | None = None
+        self._releases: list[Callable[[], None]] = []
 
     # -- address ------------------------------------------------------------------------------------------------
 
@@ -63,10 +64,16 @@ class Attempt:
             port_lease = lease_port(host=host, rank=rank, avoid=avoid)
             self._lease, self.port = port_lease, port_lease.port
 
-    def release_address(self) -> None:
+    def on_end(self, release: Callable[[], None]) -> None:
+        """Have ``release`` called when everything of the attempt has ended."""
+        self._releases.append(release)
+
+    def _release(self) -> None:
         if self._lease is not None:
             self._lease.release()
             self._lease = None
+        while self._releases:
+            self._releases.pop()()
 
     def owns_port(self, *, own_pid: int) -> bool | None:
         """Whether all who listen on the port belong to this attempt; None where that cannot be told."""
@@ -93,9 +100,7 @@ class Attempt:
 
     # -- what an attempt runs -------------------------------------------------------------------------------------
 
-    async def spawn(
-        self, command: Sequence[str], *, env: Mapping[str, str] | None, cwd: str | None
-    ) -> GuardedProcess:
+    async def spawn(self, command: Sequence[str], *, env: Mapping[str, str] | None, cwd: str | None) -> GuardedProcess:
         """Start a guarded, logged process.
 
         Raises:
@@ -160,7 +165,11 @@ class Attempt:
         self._nursery.start_soon(async_fn)
 
     async def _run_task(
-        self, async_fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...], *, task_status: trio.TaskStatus[Any]
+        self,
+        async_fn: Callable[..., Awaitable[Any]],
+        args: tuple[Any, ...],
+        *,
+        task_status: trio.TaskStatus[Any],
     ) -> None:
         status = _Started(task_status)
         try:
@@ -217,7 +226,7 @@ class Attempt:
                     nursery.cancel_scope.cancel()
         finally:
             self._nursery = None
-            self.release_address()
+            self._release()
 
 
 class _Started:

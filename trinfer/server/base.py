@@ -171,6 +171,15 @@ class InferenceServer(abc.ABC):
         """Wait until a process started by `spawn` has exited; its exit code, negative for a signal."""
         return await self._current().exited()
 
+    def release_with_attempt(self, release: Callable[[], None]) -> None:
+        """Have ``release`` called when the current start attempt has ended, for leases and files of its own."""
+        self._current().on_end(release)
+
+    @property
+    def can_serve_uds(self) -> bool:
+        """Whether the engine, as configured, can serve on a unix socket."""
+        return self.supports_uds
+
     @property
     def host(self) -> str:
         """Address that the engine binds."""
@@ -414,8 +423,7 @@ class InferenceServer(abc.ABC):
         stop_listening: Callable[[], None] | None = None
         try:
             if self.is_local and not self.node.is_worker:
-                uds = self.config.transport == "uds" or (self.config.transport == "auto" and self.supports_uds)
-                attempt.lease_address(host=self.host, rank=self.rank, uds=uds, avoid=ports)
+                attempt.lease_address(host=self.host, rank=self.rank, uds=self._wants_uds(), avoid=ports)
                 if attempt.port is not None:
                     ports.add(attempt.port)
             stop_listening = self.log.listen(partial(self._hear, attempt))
@@ -543,6 +551,15 @@ class InferenceServer(abc.ABC):
         return self._nudge
 
     # -- small things ---------------------------------------------------------------------------------------------
+
+    def _wants_uds(self) -> bool:
+        wanted = self.config.transport
+        if wanted == "uds" and not self.can_serve_uds:
+            raise ServerError(
+                f"{self.name} cannot serve on a unix socket",
+                advice='use transport="auto" or "tcp"',
+            )
+        return wanted == "uds" or (wanted == "auto" and self.can_serve_uds)
 
     def _current(self) -> Attempt:
         if self._attempt is None:

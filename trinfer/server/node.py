@@ -78,9 +78,7 @@ def _integer(environ: Mapping[str, str], name: str) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise ConfigError(
-            f"the environment variable {name} is {text[:40]!r}: allowed is an integer"
-        ) from None
+        raise ConfigError(f"the environment variable {name} is {text[:40]!r}: allowed is an integer") from None
 
 
 def _from_datatrove(environ: Mapping[str, str]) -> Node | None:

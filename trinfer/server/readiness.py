@@ -66,6 +66,7 @@ def accepts_connections(host: str, port: int | None, uds: str | None) -> bool:
 
     True also where that cannot be told at once: the real probe then decides.
     """
+    address: str | tuple[str, int | None]
     if uds is not None:
         family, address = socket.AF_UNIX, uds
     elif ":" in host:

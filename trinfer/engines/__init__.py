@@ -1,0 +1,1 @@
+"""One file per engine: command line, environment, quirks."""

@@ -1,0 +1,68 @@
+"""The control plane: readiness probes and metrics pages, through httpx.
+
+Rule: this is the only module that knows httpx, so that its successor can replace it in one place. Requests that users
+pay for do not come this way: httpx costs milliseconds each under trio.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import httpx
+
+from trinfer.errors import ConnectionLost, ProtocolError, RequestTimeout
+
+if TYPE_CHECKING:
+    from trinfer.http.origin import Origin
+
+__all__ = ["ControlClient"]
+
+
+class ControlClient:
+    """GET requests to one origin. Made lazily: a client costs milliseconds, and many servers never need a second look.
+
+    Proxies of the environment are used for endpoints elsewhere, and never for local engines.
+    """
+
+    def __init__(self, origin: Origin, *, api_key: str | None = None) -> None:
+        self._origin = origin
+        self._api_key = api_key
+        self._client: httpx.AsyncClient | None = None
+
+    def _open(self) -> httpx.AsyncClient:
+        if self._client is None:
+            local = self._origin.uds is not None or self._origin.host in {"127.0.0.1", "::1", "localhost"}
+            self._client = httpx.AsyncClient(
+                transport=httpx.AsyncHTTPTransport(uds=self._origin.uds, verify=False)
+                if local and not self._origin.is_tls  # without TLS there is no trust store to load
+                else None,
+                trust_env=not local,
+                headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
+            )
+        return self._client
+
+    async def get(self, path: str, *, timeout: float) -> tuple[int, bytes]:
+        """Status and body of ``GET path``.
+
+        Raises:
+            RequestTimeout, ConnectionLost, ProtocolError: as their names say; nothing of httpx comes out.
+
+        Cancelled: httpx closes the connection.
+        """
+        base = self._origin
+        url = f"{base.scheme}://{base.authority}{base.base_path}{path}"
+        try:
+            answer = await self._open().get(url, timeout=timeout)
+        except httpx.TimeoutException as error:
+            raise RequestTimeout(f"GET {base.url}{path}: no answer within {timeout:g} s") from error
+        except httpx.TransportError as error:
+            raise ConnectionLost(f"GET {base.url}{path}: {error}") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ProtocolError(f"GET {base.url}{path}: {error}") from error
+        return answer.status_code, answer.content
+
+    async def aclose(self) -> None:
+        """Close its connections. Idempotent."""
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()

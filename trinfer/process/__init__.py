@@ -1,0 +1,1 @@
+"""Trees of processes: guard, spawn, output, ports and sockets. Knows nothing of inference."""
