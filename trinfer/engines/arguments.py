@@ -39,9 +39,7 @@ def options(model_kwargs: Mapping[str, Any], *, reserved: Mapping[str, str]) -> 
                 advice=f"use {reserved[name]}",
             )
         if name in seen:
-            raise ConfigError(
-                f"InferenceConfig.model_kwargs has both {seen[name]!r} and {key!r}: allowed is one of them"
-            )
+            raise ConfigError(f"InferenceConfig.model_kwargs has both {seen[name]!r} and {key!r}: allowed is one")
         seen[name] = key
         if value is None:
             continue
@@ -68,6 +66,6 @@ def _text(key: str, value: Any) -> str:  # noqa: ANN401  # the user's value, wha
             raise ConfigError(f"InferenceConfig.model_kwargs[{key!r}] holds a NUL: allowed is text without")
         return text
     raise ConfigError(
-        f"InferenceConfig.model_kwargs[{key!r}] is a {type(value).__name__}: allowed are texts, numbers, booleans, None, "
-        "lists and dicts"
+        f"InferenceConfig.model_kwargs[{key!r}] is a {type(value).__name__}: allowed are texts, numbers, booleans, "
+        "None, lists and dicts"
     )

@@ -76,10 +76,8 @@ def custom_command(config: InferenceConfig, address: Address) -> list[str]:
         }
         return [PLACEHOLDER.sub(lambda match: values[match[1]], word) for word in words] + arguments
     script = config.model_kwargs.get("server_script")
-    if script is None:
-        command = [str(config.executable)]
-    else:
-        command = [config.executable or sys.executable, str(script)]
+    program = config.executable or sys.executable
+    command = [program] if script is None else [program, str(script)]
     if address.port is not None:  # a worker node has none
         command += ["--port", str(address.port)]
     return [*command, *arguments]

@@ -308,11 +308,11 @@ def start_engine(command: list[str]) -> tuple[int, int]:
         finally:
             os._exit(EXEC_FAILED)
     os.close(told)
-    number = os.read(result, 16)
+    failed = os.read(result, 16)
     os.close(result)
-    if number:
+    if failed:
         os.waitpid(pid, 0)
-        return 0, int(number)
+        return 0, int(failed)
     return pid, 0
 
 

@@ -12,13 +12,13 @@ import contextlib
 import logging
 import os
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 __all__ = ["EngineLog"]
 

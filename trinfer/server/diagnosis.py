@@ -82,9 +82,9 @@ CATALOGUE: tuple[Pattern, ...] = (
     ),
     _pattern(
         "model-not-found",
-        r"Repository Not Found for url|RepositoryNotFoundError|is not a local folder and is not a valid model identifier"
-        r"|Incorrect path_or_model_id|Can't load the configuration of|failed to open GGUF file|No such file or directory.*"
-        r"\.gguf|gguf_init_from_file(?:_impl)?: failed to open|LocalEntryNotFoundError|OfflineModeIsEnabled",
+        r"Repository Not Found for url|RepositoryNotFoundError|is not a local folder and is not a valid model ident"
+        r"ifier|Incorrect path_or_model_id|Can't load the configuration of|failed to open GGUF file|No such file or "
+        r"directory.*\.gguf|gguf_init_from_file(?:_impl)?: failed to open|LocalEntryNotFoundError|OfflineModeIsEnabled",
         "there is no such model, neither as a path nor on the hub (or the hub cannot be reached)",
         "check model_name_or_path; offline, the model must be in the cache already",
         "fatal",
@@ -115,8 +115,8 @@ CATALOGUE: tuple[Pattern, ...] = (
     ),
     _pattern(
         "free-memory",
-        r"Free memory on device.*is less than desired GPU memory utilization|Not enough memory\. Please try to increase "
-        r"--mem-fraction-static",
+        r"Free memory on device.*is less than desired GPU memory utilization|Not enough memory\. Please try to "
+        r"increase --mem-fraction-static",
         "another process holds memory of the GPU, often an orphan of an earlier run",
         "look with `nvidia-smi` who holds it; end that process, or lower gpu_memory_utilization (model_kwargs)",
         "resource",
@@ -139,16 +139,16 @@ CATALOGUE: tuple[Pattern, ...] = (
     ),
     _pattern(
         "no-gpu",
-        r"No CUDA GPUs are available|Found no NVIDIA driver|no CUDA-capable device is detected|Failed to infer device type"
-        r"|CUDA driver version is insufficient|libcuda\.so\.1: cannot open",
+        r"No CUDA GPUs are available|Found no NVIDIA driver|no CUDA-capable device is detected|Failed to infer device "
+        r"type|CUDA driver version is insufficient|libcuda\.so\.1: cannot open",
         "the engine sees no usable GPU: none is there, its driver is missing or too old, or none is visible",
         "check `nvidia-smi` and CUDA_VISIBLE_DEVICES",
         "fatal",
     ),
     _pattern(
         "unsupported-model",
-        r"Model architectures? \[.*\] (?:are|is) not supported|unknown model architecture|Transformers does not recognize "
-        r"this architecture|Unrecognized model in",
+        r"Model architectures? \[.*\] (?:are|is) not supported|unknown model architecture|Transformers does not "
+        r"recognize this architecture|Unrecognized model in",
         "this version of the engine does not know the model's architecture",
         "update the engine, or use another one",
         "fatal",
@@ -170,16 +170,16 @@ CATALOGUE: tuple[Pattern, ...] = (
     ),
     _pattern(
         "unknown-option",
-        r"unrecognized arguments?:? (?P<option>\S+)|error: invalid argument: (?P<argument>\S+)|No such option: (?P<name>\S+)"
-        r"|error: argument --?\S+: (?:invalid|expected)",
+        r"unrecognized arguments?:? (?P<option>\S+)|error: invalid argument: (?P<argument>\S+)"
+        r"|No such option: (?P<name>\S+)|error: argument --?\S+: (?:invalid|expected)",
         "the engine does not know an option, or not such a value of it",
         "check model_kwargs against `--help` of the installed version",
         "fatal",
     ),
     _pattern(
         "missing-dependency",
-        r"ModuleNotFoundError: No module named '?(?P<module>[\w.]+)|ImportError: .*(?:No module named|cannot import name"
-        r"|cannot open shared object)|command not found",
+        r"ModuleNotFoundError: No module named '?(?P<module>[\w.]+)|ImportError: .*(?:No module named"
+        r"|cannot import name|cannot open shared object)|command not found",
         "a package that the engine needs is not installed, or does not fit",
         "install it in the engine's environment, or reinstall the engine",
         "fatal",
