@@ -108,6 +108,16 @@ class EngineLog:
         cut += max(0, len(line) - self._max_line)
         return line[: self._max_line] + (b" ... [%d more bytes]" % cut if cut else b"")
 
+    def begin(self, title: str) -> None:
+        """A new process writes from now on: the ring forgets the one before, and the file says ``title``."""
+        self._ring.clear()
+        self._partial, self._cut = b"", 0
+        if self.path is not None and not self._closed:
+            line = f"[trinfer: {title}]\n".encode()
+            self._waiting.append(line)
+            self._waiting_bytes += len(line)
+            self._news.set()
+
     # -- out ------------------------------------------------------------------------------------------------------
 
     def tail(self, lines: int = 50) -> tuple[str, ...]:

@@ -13,41 +13,34 @@ from __future__ import annotations
 import abc
 import logging
 import os
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import trio
 
-from trinfer.errors import ConnectionLost, InferenceError, ServerError
-from trinfer.http.api import ApiClient
-from trinfer.http.control import ControlClient
+from trinfer.errors import ConnectionLost, InferenceError
 from trinfer.http.origin import Origin
 from trinfer.process.output import EngineLog
-from trinfer.server.attempt import Attempt, PortTaken
-from trinfer.server.diagnosis import diagnose, is_port_in_use
-from trinfer.server.identity import new_marker
-from trinfer.server.lifecycle import Lifecycle, ServerState
+from trinfer.server.lifecycle import Lifecycle, ServerState, Transition
+from trinfer.server.link import Link, local_origin
 from trinfer.server.node import SINGLE, Node, find_node
-from trinfer.server.readiness import Pace, accepts_connections, served_models, until_ready
+from trinfer.server.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
     from types import TracebackType
 
     from trinfer.config import InferenceConfig
+    from trinfer.errors import ServerError
+    from trinfer.server.attempt import Attempt
 
 __all__ = ["InferenceServer"]
 
 logger = logging.getLogger(__name__)
 
-READINESS_PATH = "/v1/models"
-PROBE_TIMEOUT = 5.0  # seconds for one look; SGLang is known to take one
-PORT_CHANGES = 10  # new ports taken in one start before the start counts as failed
-LAST_WORDS = 0.04  # seconds that the output of a dead engine may still take to arrive
 BREAK_BEFORE_VERDICT = 1.0  # seconds between a broken connection and the news that the engine has died
 CLEANUP_MARGIN = 10.0  # seconds beyond the grace period after which cleaning up is given up and reported
-SHOWN_TAIL = 50
+LOG_FLUSH = 5.0  # seconds for the last lines to reach the disk
 
 
 class InferenceServer(abc.ABC):
@@ -95,16 +88,13 @@ class InferenceServer(abc.ABC):
         self.node: Node = SINGLE
         self.log = EngineLog(None, max_bytes=config.server_log_max_bytes)
         self._lifecycle = Lifecycle(self.name)
+        self._lifecycle.observers.append(self._interrupt_requests)
+        self._supervisor = Supervisor(self, self._lifecycle)
         self._nursery_manager: Any = None
         self._nursery: trio.Nursery | None = None
         self._run_scope = trio.CancelScope()
         self._ended = trio.Event()
-        self._attempt: Attempt | None = None
-        self._api: ApiClient | None = None
-        self._control: ControlClient | None = None
         self._in_flight: set[trio.CancelScope] = set()
-        self._nudge = trio.Event()
-        self._found_model = ""
 
     # -- to be implemented by subclasses --------------------------------------------------------------------------
 
@@ -123,21 +113,23 @@ class InferenceServer(abc.ABC):
 
     def get_base_url(self) -> str:
         """Base URL of the engine, without ``/v1``; ``http+unix://`` and the quoted path for a unix socket."""
-        return self._origin().url
+        attempt = self._supervisor.attempt
+        if attempt is None or (attempt.port is None and attempt.uds is None):
+            raise self._lifecycle.down_error()
+        return local_origin(attempt, self.host).url
 
     async def is_ready(self) -> bool:
         """Whether ``GET /v1/models`` is answered with 200, right now, within 5 seconds."""
-        status, body = await self._look_at_models()
-        if status == 200:
-            self._remember_model(body)
-        return status == 200
+        link = self._supervisor.link
+        return link is not None and (await link.models())[0] == 200
 
     async def _make_request(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Send one complete payload; subclasses may override it for engines with routes of their own."""
-        if self._api is None:
+        link = self._supervisor.link
+        if link is None:
             raise self._lifecycle.down_error()
         path = "/v1/chat/completions" if self.config.use_chat else "/v1/completions"
-        return await self._api.post_json(path, payload, timeout=self.config.request_timeout)
+        return await link.api.post_json(path, payload, timeout=self.config.request_timeout)
 
     # -- helpers for subclasses -----------------------------------------------------------------------------------
 
@@ -188,12 +180,12 @@ class InferenceServer(abc.ABC):
     @property
     def port(self) -> int | None:
         """Port leased for the current start attempt; None for a unix socket, and while nothing runs."""
-        return self._attempt.port if self._attempt else None
+        return self._supervisor.attempt.port if self._supervisor.attempt else None
 
     @property
     def uds(self) -> str | None:
         """Unix socket path leased for the current start attempt; None for a port, and while nothing runs."""
-        return self._attempt.uds if self._attempt else None
+        return self._supervisor.attempt.uds if self._supervisor.attempt else None
 
     # -- public surface -------------------------------------------------------------------------------------------
 
@@ -220,7 +212,7 @@ class InferenceServer(abc.ABC):
     @property
     def model(self) -> str:
         """Name of the model in requests: the configured one, else the first that the server offers."""
-        return self.config.model or self._found_model
+        return self.config.model or self._supervisor.found_model
 
     async def wait_ready(self) -> None:
         """Return once the engine answers and is known to be ours.
@@ -287,6 +279,7 @@ class InferenceServer(abc.ABC):
         )
         self.log = EngineLog(self._log_path(), max_bytes=self.config.server_log_max_bytes)
         self._run_scope, self._ended = trio.CancelScope(), trio.Event()
+        self._supervisor = Supervisor(self, self._lifecycle)
         self._nursery_manager = trio.open_nursery()
         self._nursery = await self._nursery_manager.__aenter__()
         try:
@@ -325,8 +318,8 @@ class InferenceServer(abc.ABC):
                 except KeyboardInterrupt as again:
                     # Ctrl-C during the clean-up: no more grace, but the clean-up is still done.
                     interrupt = again
-                    if self._attempt is not None:
-                        self._attempt.stop_now()
+                    if self._supervisor.attempt is not None:
+                        self._supervisor.attempt.stop_now()
                 except Exception:
                     logger.exception("%s: cleaning up failed", self.name)
                     break
@@ -358,276 +351,49 @@ class InferenceServer(abc.ABC):
 
     @trio.lowlevel.enable_ki_protection
     async def _live(self) -> None:
-        """The whole life between entering and leaving: start attempts one after the other, then the end."""
+        """The whole life between entering and leaving."""
         try:
-            async with trio.open_nursery() as log_nursery:
-                await log_nursery.start(self.log.run)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.log.run)
                 with self._run_scope:
-                    await self._start_until_it_holds()
-                with trio.CancelScope(shield=True):
+                    await self._supervisor.run()
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + LOG_FLUSH):
                     await self.log.aclose()
-                log_nursery.cancel_scope.cancel()
+                nursery.cancel_scope.cancel()
         finally:
-            self._interrupt_requests()
             self._ended.set()
 
-    async def _start_until_it_holds(self) -> None:
-        history: list[str] = []
-        ports: set[int] = set()
-        while True:
-            attempt = self._new_attempt()
-            final: ServerError | None = None
-            again = False
+    def _interrupt_requests(self, transition: Transition) -> None:
+        """Requests in flight get nothing from a server that is down; `make_request` tells them why."""
+        if transition.after in {ServerState.FAILED, ServerState.STOPPED}:
+            for scope in tuple(self._in_flight):
+                scope.cancel()
 
-            async def body(attempt: Attempt = attempt) -> None:
-                nonlocal final, again
-                failure = await self._run_attempt(attempt, ports)
-                if failure is None:
-                    return  # a worker node's engine that ended well
-                if isinstance(failure, PortTaken) and len(ports) <= PORT_CHANGES:
-                    logger.info("%s: %s; taking another port", self.name, failure.message)
-                    again = True
-                    return
-                history.append(failure.message)
-                again = self._may_retry(failure, len(history))
-                if not again:
-                    final = self._explain(failure, history)
-                    # Told before the clean-up, which may take the grace period: nobody waits for it.
-                    self._lifecycle.fail(final)
-                    self._interrupt_requests()
+    def has_own_readiness(self) -> bool:
+        """Whether a subclass decides itself what ready means."""
+        return type(self).is_ready is not InferenceServer.is_ready
 
-            try:
-                await attempt.run(body)
-            finally:
-                await self._close_clients()
-            if not again:
-                self._attempt = None
-                return
-            logger.warning("%s: start failed, trying again: %s", self.name, history[-1] if history else "port")
-            self._lifecycle.retry()
-
-    def _may_retry(self, failure: ServerError, failures: int) -> bool:
-        if self.state is ServerState.READY or self.node.is_worker or getattr(failure, "is_final", False):
-            return False
-        return failures <= self.config.server_start_max_retries
-
-    def _new_attempt(self) -> Attempt:
-        env = {**os.environ, **self.config.env}
-        if self.config.gpus is not None:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.config.gpus))
-        self._attempt = Attempt(log=self.log, env=env, marker=new_marker(), grace=self.config.shutdown_grace_sec)
-        return self._attempt
-
-    async def _run_attempt(self, attempt: Attempt, ports: set[int]) -> ServerError | None:
-        """Start the engine and watch over it; returns why it failed, None for a worker's engine that ended well."""
-        stop_listening: Callable[[], None] | None = None
-        try:
-            if self.is_local and not self.node.is_worker:
-                attempt.lease_address(host=self.host, rank=self.rank, uds=self._wants_uds(), avoid=ports)
-                if attempt.port is not None:
-                    ports.add(attempt.port)
-            stop_listening = self.log.listen(partial(self._hear, attempt))
-            with trio.move_on_after(self.config.server_start_timeout_sec) as spawning:
-                await self.start_server()
-            if spawning.cancelled_caught:
-                return ServerError(
-                    f"{self.name}: spawning the engine took more than "
-                    f"{self.config.server_start_timeout_sec:g} s (server_start_timeout_sec)"
-                )
-            attempt.start_soon(partial(self._watch_health, attempt))
-            if not self.node.is_worker:
-                self._open_clients()
-                attempt.start_soon(partial(self._watch_start, attempt))
-            failure = await attempt.verdict()
-        except ServerError as error:
-            failure = error
-        except Exception as error:
-            logger.debug("%s: starting failed", self.name, exc_info=True)
-            failure = ServerError(f"{self.name}: starting failed: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-        finally:
-            if stop_listening is not None:
-                stop_listening()
-        if self.node.is_worker and failure.returncode == 0:
-            return None
-        return failure
-
-    @trio.lowlevel.enable_ki_protection
-    async def _watch_health(self, attempt: Attempt) -> None:
-        """Turn the end of `monitor_health` into the attempt's verdict."""
-        cause: Exception | None = None
-        try:
-            await self.monitor_health()
-        except ServerError as error:
-            attempt.fail(error)
-            return
-        except Exception as error:
-            cause = error
-        await attempt.drained(LAST_WORDS)
-        failure = self._describe_end(attempt, cause)
-        failure.__cause__ = cause
-        attempt.fail(failure)
-
-    def _describe_end(self, attempt: Attempt, cause: Exception | None) -> ServerError:
-        when = "while serving" if self.state is ServerState.READY else "before it was ready"
-        for guarded in attempt.processes:
-            if guarded.exit is not None:
-                returncode = guarded.exit.returncode
-                if self.state is ServerState.STARTING and any(map(is_port_in_use, self.log.tail(SHOWN_TAIL))):
-                    return PortTaken("the engine's port was in use", server=self.name, returncode=returncode)
-                return ServerError(
-                    f"{self.name}: the engine ended {when}: {guarded.exit.describe()}", returncode=returncode
-                )
-        if cause is not None:
-            return ServerError(f"{self.name}: the engine is unhealthy: {type(cause).__name__}: {cause}")
-        return ServerError(f"{self.name}: the engine became unhealthy {when}")
-
-    @trio.lowlevel.enable_ki_protection
-    async def _watch_start(self, attempt: Attempt) -> None:
-        """Wait until the engine answers, or its time is up."""
-        limit = self.config.ready_deadline_sec
-        try:
-            with trio.move_on_after(limit) as deadline:
-                pace = Pace(self.config.server_ready_delay_sec)
-                await until_ready(partial(self._look, attempt), pace=pace, nudge=self._new_nudge)
-        except ServerError as error:
-            attempt.fail(error)
-        except Exception as error:
-            failure = ServerError(f"{self.name}: is_ready() failed: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            attempt.fail(failure)
+    def open_link(self) -> Link:
+        """Clients for the current attempt; a subclass's own `get_base_url` wins."""
+        if type(self).get_base_url is not InferenceServer.get_base_url:
+            origin = Origin.from_url(self.get_base_url())
         else:
-            if deadline.cancelled_caught:
-                attempt.fail(
-                    ServerError(
-                        f"{self.name}: the engine was not ready within {limit:g} s",
-                        advice="raise server_ready_max_attempts or server_ready_delay_sec if it was still loading",
-                    )
-                )
-            else:
-                self._lifecycle.ready()
-
-    async def _look(self, attempt: Attempt) -> bool:
-        """One look: does it answer, and is it ours?
-
-        Raises:
-            PortTaken: it answers, but somebody else does.
-        """
-        overridden = type(self).is_ready is not InferenceServer.is_ready
-        if not self.is_local or overridden:
-            return await self.is_ready()
-        if not accepts_connections(_reachable(self.host), attempt.port, attempt.uds):
-            return False
-        status, body = await self._look_at_models()
-        if status != 200:
-            return False
-        self._remember_model(body)
-        if attempt.port is None:
-            return True  # a socket in a private folder: nobody else knows of it
-        owned = await trio.to_thread.run_sync(partial(attempt.owns_port, own_pid=os.getpid()))
-        if owned or self.config.model in served_models(body):
-            return True
-        if owned is None:
-            return not served_models(body) or not self.config.model
-        raise PortTaken(f"another program answers on port {attempt.port}", server=self.name)
-
-    async def _look_at_models(self) -> tuple[int, bytes]:
-        """``GET /v1/models``; status 0 where nothing answers."""
-        if self._control is None:
-            return 0, b""
-        try:
-            return await self._control.get(READINESS_PATH, timeout=PROBE_TIMEOUT)
-        except InferenceError:
-            return 0, b""
-
-    def _hear(self, attempt: Attempt, text: str) -> None:
-        """Listen to the engine's output while it starts."""
-        self._nudge.set()
-        if self.state is ServerState.STARTING and attempt.port is not None and is_port_in_use(text):
-            attempt.fail(PortTaken(f"port {attempt.port} is in use, says the engine", server=self.name))
-
-    def _new_nudge(self) -> trio.Event:
-        self._nudge = trio.Event()
-        return self._nudge
-
-    # -- small things ---------------------------------------------------------------------------------------------
-
-    def _wants_uds(self) -> bool:
-        wanted = self.config.transport
-        if wanted == "uds" and not self.can_serve_uds:
-            raise ServerError(
-                f"{self.name} cannot serve on a unix socket",
-                advice='use transport="auto" or "tcp"',
-            )
-        return wanted == "uds" or (wanted == "auto" and self.can_serve_uds)
-
-    def _current(self) -> Attempt:
-        if self._attempt is None:
-            raise RuntimeError(f"{self.name} does not run: this is for use inside start_server and monitor_health")
-        return self._attempt
-
-    def _origin(self) -> Origin:
-        if self._attempt is None or (self.port is None and self.uds is None):
-            raise self._lifecycle.down_error()
-        if self.uds is not None:
-            return Origin.unix(self.uds)
-        assert self.port is not None
-        host = _reachable(self.host)
-        return Origin.from_url(f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}")
+            origin = local_origin(self._current(), self.host)
+        return Link(origin, self._api_key())
 
     def _api_key(self) -> str | None:
         return self.config.api_key
 
-    def _open_clients(self) -> None:
-        # A subclass may tell its own URL.
-        own_url = type(self).get_base_url is not InferenceServer.get_base_url
-        origin = Origin.from_url(self.get_base_url()) if own_url else self._origin()
-        self._api = ApiClient(origin, api_key=self._api_key())
-        self._control = ControlClient(origin, api_key=self._api_key())
-
-    async def _close_clients(self) -> None:
-        api, control, self._api, self._control = self._api, self._control, None, None
-        if api is not None:
-            api.close()
-        if control is not None:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-                await control.aclose()
-
-    def _interrupt_requests(self) -> None:
-        """Requests in flight get nothing from an engine that is down; `make_request` tells them why."""
-        for scope in tuple(self._in_flight):
-            scope.cancel()
-
-    def _remember_model(self, body: bytes) -> None:
-        if not self._found_model:
-            self._found_model = next(iter(served_models(body)), "")
+    def _current(self) -> Attempt:
+        if self._supervisor.attempt is None:
+            raise RuntimeError(f"{self.name} does not run: this is for use inside start_server and monitor_health")
+        return self._supervisor.attempt
 
     def _log_path(self) -> Path | None:
         if self.config.server_log_folder is None:
             return None
         node = f"_node_{self.node.rank}" if self.node.count > 1 else ""
         return Path(self.config.server_log_folder) / f"server_rank_{self.rank}{node}.log"
-
-    def _explain(self, failure: ServerError, history: Sequence[str]) -> ServerError:
-        """The failure with all that is known: diagnosis, the engine's last words, the attempts before."""
-        tail = failure.log_tail or self.log.tail(SHOWN_TAIL)
-        diagnosis = None if failure.cause else diagnose(tail, self.engine_name)
-        explained = ServerError(
-            failure.message,
-            cause=diagnosis.cause if diagnosis else failure.cause,
-            advice=diagnosis.advice if diagnosis else failure.advice,
-            log_tail=tail,
-            server=self.name,
-            returncode=failure.returncode,
-            history=history,
-        )
-        explained.__cause__ = failure.__cause__
-        return explained
-
-
-def _reachable(host: str) -> str:
-    """Where a server that binds ``host`` can be reached from this machine."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:

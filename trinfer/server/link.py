@@ -1,0 +1,79 @@
+"""The way to an engine: its address, the data plane and the control plane, for as long as one start attempt lasts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from trinfer.errors import InferenceError
+from trinfer.http.api import ApiClient
+from trinfer.http.control import ControlClient
+from trinfer.http.origin import Origin
+from trinfer.server.readiness import accepts_connections, served_models
+
+if TYPE_CHECKING:
+    from trinfer.server.attempt import Attempt
+
+__all__ = ["Link", "local_origin", "reachable"]
+
+READINESS_PATH = "/v1/models"
+PROBE_TIMEOUT = 5.0  # seconds for one look; SGLang is known to take one
+
+
+class Link:
+    """Clients for one origin. ``api`` carries requests, ``models`` asks whether anybody answers."""
+
+    def __init__(self, origin: Origin, api_key: str | None) -> None:
+        self.origin = origin
+        self.api = ApiClient(origin, api_key=api_key)
+        self._control = ControlClient(origin, api_key=api_key)
+
+    async def models(self) -> tuple[int, bytes]:
+        """Status and body of ``GET /v1/models``; status 0 where nothing answers."""
+        try:
+            return await self._control.get(READINESS_PATH, timeout=PROBE_TIMEOUT)
+        except InferenceError:
+            return 0, b""
+
+    def is_open(self) -> bool:
+        """Whether somebody listens, told for the price of a refused connect."""
+        return accepts_connections(self.origin.host, self.origin.port, self.origin.uds)
+
+    async def aclose(self) -> None:
+        """Close every connection. Shielded, for a second at most."""
+        self.api.close()
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+            await self._control.aclose()
+
+
+def local_origin(attempt: Attempt, host: str) -> Origin:
+    """Where the engine of an attempt listens."""
+    if attempt.uds is not None:
+        return Origin.unix(attempt.uds)
+    assert attempt.port is not None
+    host = reachable(host)
+    return Origin.from_url(f"http://[{host}]:{attempt.port}" if ":" in host else f"http://{host}:{attempt.port}")
+
+
+def reachable(host: str) -> str:
+    """Where a server that binds ``host`` can be reached from this machine."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def is_ours(attempt: Attempt, body: bytes, *, model: str, own_pid: int) -> bool | None:
+    """Whether the server that gave ``body`` for ``/v1/models`` is the attempt's engine; None where it cannot be told.
+
+    The proof is the listening socket, which belongs to a process of the attempt; or else the model's name, for engines
+    whose processes are not ours (containers, say).
+    """
+    if attempt.port is None:
+        return True  # a socket in a private folder: nobody else knows of it
+    owned = attempt.owns_port(own_pid=own_pid)
+    if owned:
+        return True
+    names = served_models(body)
+    if model and model in names:
+        return True
+    # No /proc to look into (macOS): then a server that gives no name, or was asked for none, has to do.
+    return (not names or not model) or None if owned is None else False

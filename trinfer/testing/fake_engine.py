@@ -1,0 +1,348 @@
+"""A real engine process that does nothing but what engines do to their supervisors.
+
+Stands alone and uses the standard library only: ``python fake_engine.py --port 8000 --ready-after 2 --deaf``. It
+answers ``/v1/models``, ``/health``, ``/metrics``, completions and chat like an OpenAI-compatible engine; the answer
+repeats the prompt, so that a test can tell whose answer it has. Every fault is an option; see ``--help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+MARK = "echo: "
+BODY_END = b"\r\n\r\n"
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Options; times in seconds."""
+    parser = argparse.ArgumentParser(prog="fake_engine", description="An engine with faults to order.")
+    add = parser.add_argument
+    add("--port", type=int, help="listen on this port")
+    add("--host", default="127.0.0.1")
+    add("--uds", help="listen on this unix socket")
+    add("--model", default="fake", help="name in /v1/models")
+    add("--latency", type=float, default=0, help="time before each answer")
+    start = parser.add_argument_group("start")
+    start.add_argument("--ready-after", type=float, default=0, help="bind only after this time")
+    start.add_argument("--loading-503", type=float, default=0, help="bind at once, and answer 503 for this time")
+    start.add_argument("--never-ready", action="store_true", help="never bind")
+    start.add_argument(
+        "--port-in-use",
+        type=int,
+        default=0,
+        help="find the port taken in the first N starts (counted in --counter FILE)",
+    )
+    start.add_argument("--fail-starts", type=int, default=0, help="exit in the first N starts (counted likewise)")
+    start.add_argument("--counter", help="file that counts starts")
+    crash = parser.add_argument_group("crash")
+    crash.add_argument("--crash-at", default="", help="before-bind, loading, ready:SECONDS or request:N")
+    crash.add_argument("--exit-code", type=int, default=1)
+    crash.add_argument("--signal", default="", help="die by this signal instead, such as SIGSEGV")
+    tree = parser.add_argument_group("processes")
+    tree.add_argument("--deaf", action="store_true", help="ignore SIGTERM and SIGINT")
+    tree.add_argument("--slow-stop", type=float, default=0, help="time between SIGTERM and the exit")
+    tree.add_argument("--children", type=int, default=0, help="workers in the same process group")
+    tree.add_argument("--own-session", action="store_true", help="a child in a session of its own")
+    tree.add_argument("--daemon", action="store_true", help="a double-forked daemon")
+    tree.add_argument("--deaf-grandchild", action="store_true", help="a grandchild that ignores SIGTERM")
+    tree.add_argument(
+        "--respawning", action="store_true", help="a child that forks its successor when it is told to end"
+    )
+    tree.add_argument("--stopped", action="store_true", help="a child that is stopped (SIGSTOP)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--print", action="append", default=[], metavar="LINE", help="write this line at the start")
+    output.add_argument("--print-at-request", nargs=2, action="append", default=[], metavar=("N", "LINE"))
+    output.add_argument("--flood", type=int, default=0, help="bytes of lines to write at the start")
+    output.add_argument("--long-line", type=int, default=0, help="a line of so many bytes")
+    output.add_argument("--bad-utf8", action="store_true")
+    output.add_argument("--progress-bar", action="store_true", help="a progress bar with carriage returns")
+    serve = parser.add_argument_group("requests")
+    serve.add_argument("--wedge-after", type=int, default=-1, help="answer N requests, then no more; health stays 200")
+    serve.add_argument("--status-at", nargs=2, action="append", default=[], metavar=("N", "STATUS"))
+    serve.add_argument("--retry-after", default="", help="header that goes with --status-at")
+    serve.add_argument("--reset-at", type=int, default=-1, help="reset the connection in the middle of answer N")
+    serve.add_argument("--aborted-file", help="append a line here when a client goes away before its answer")
+    return parser.parse_args(argv)
+
+
+def say(data: bytes) -> None:
+    os.write(1, data)
+
+
+def crash(options: argparse.Namespace) -> NoReturn:
+    if options.signal:
+        number = signal.Signals[options.signal]
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    os._exit(options.exit_code)
+
+
+def child(code: str, *, own_session: bool = False) -> None:
+    command = [sys.executable, "-I", "-S", "-c", code]
+    subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=own_session)
+
+
+SLEEP = "import time; time.sleep(600)"
+DEAF = "import signal, time; signal.signal(15, signal.SIG_IGN); signal.signal(2, signal.SIG_IGN); time.sleep(600)"
+DAEMON = f"import os\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0:\n  {SLEEP}"
+# Its successor is forked in the handler, so that a signal to the process known so far is never the last one needed.
+RESPAWN = (
+    "import os, signal, time\n"
+    "def again(*_):\n"
+    " if os.fork(): os._exit(0)\n"
+    "signal.signal(15, again)\n"
+    "while True: time.sleep(600)"
+)
+STOPPED = f"import os, signal; os.kill(os.getpid(), signal.SIGSTOP); {SLEEP}"
+GRANDPARENT = (
+    f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-I', '-S', '-c', {DEAF!r}])\ntime.sleep(600)"
+)
+
+
+def fork_tree(options: argparse.Namespace) -> None:
+    for _ in range(options.children):
+        child(SLEEP)
+    for wanted, code in (
+        (options.daemon, DAEMON),
+        (options.deaf_grandchild, GRANDPARENT),
+        (options.respawning, RESPAWN),
+        (options.stopped, STOPPED),
+    ):
+        if wanted:
+            child(code)
+    if options.own_session:
+        child(SLEEP, own_session=True)
+
+
+def talk(options: argparse.Namespace) -> None:
+    for line in options.print:
+        say(line.encode() + b"\n")
+    if options.bad_utf8:
+        say(b"half a character: \xe2\x96 and noise \xff\xfe\n")
+    if options.long_line:
+        say(b"x" * options.long_line + b"\n")
+    if options.progress_bar:
+        for percent in range(0, 101, 10):
+            say(b"\rLoading weights: %3d%%" % percent)
+        say(b"\n")
+    line = b"flood " + b"." * 90 + b"\n"
+    block = line * 600
+    for _ in range(options.flood // len(block)):
+        say(block)
+
+
+def count_start(path: str) -> int:
+    with open(path, "ab") as file:
+        file.write(b".")
+        return file.tell()
+
+
+class Engine:
+    """The server: a thread per connection."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.loaded_at = time.monotonic() + options.loading_503
+        self.lock = threading.Lock()
+        self.requests = self.running = self.tokens = 0
+
+    def listen(self) -> socket.socket:
+        options = self.options
+        if options.uds:
+            server = socket.socket(socket.AF_UNIX)
+            server.bind(options.uds)
+        else:
+            server = socket.socket()
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                server.bind((options.host, options.port))
+            except OSError as error:
+                say(
+                    f"ERROR: [Errno {error.errno}] error while attempting to bind on address "
+                    f"('{options.host}', {options.port}): address already in use\n".encode()
+                )
+                os._exit(1)
+        server.listen(1024)
+        return server
+
+    def serve(self, server: socket.socket) -> None:
+        while True:
+            client, _ = server.accept()
+            threading.Thread(target=self.converse, args=(client,), daemon=True).start()
+
+    def converse(self, client: socket.socket) -> None:
+        data = b""
+        try:
+            while True:
+                while BODY_END not in data:
+                    more = client.recv(65536)
+                    if not more:
+                        return
+                    data += more
+                head, data = data.split(BODY_END, 1)
+                lines = head.decode("latin-1").split("\r\n")
+                headers = {k.lower(): v.strip() for k, v in (line.split(":", 1) for line in lines[1:])}
+                length = int(headers.get("content-length", 0))
+                while len(data) < length:
+                    more = client.recv(65536)
+                    if not more:
+                        return
+                    data += more
+                body, data = data[:length], data[length:]
+                method, path = lines[0].split(" ")[:2]
+                self.answer(client, method, path, body)
+        except OSError:
+            pass
+        finally:
+            client.close()
+
+    def answer(self, client: socket.socket, method: str, path: str, body: bytes) -> None:
+        if time.monotonic() < self.loaded_at:
+            self.send(client, 503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}})
+        elif path == "/health":
+            self.send(client, 200, {"status": "ok"})
+        elif path == "/v1/models":
+            self.send(client, 200, {"object": "list", "data": [{"id": self.options.model, "object": "model"}]})
+        elif path == "/metrics":
+            self.send_text(
+                client,
+                f"vllm:num_requests_running {self.running}\nvllm:generation_tokens_total {self.tokens}\n"
+                f"vllm:request_success_total {self.requests - self.running}\n",
+            )
+        elif method == "POST" and path in {"/v1/completions", "/v1/chat/completions"}:
+            with self.lock:
+                self.requests += 1
+                self.running += 1
+                number = self.requests
+            try:
+                self.complete(client, number, json.loads(body), chat="chat" in path)
+            finally:
+                with self.lock:
+                    self.running -= 1
+        else:
+            self.send(client, 404, {"error": {"message": f"no route {path}"}})
+
+    def complete(self, client: socket.socket, number: int, payload: dict[str, Any], *, chat: bool) -> None:
+        options = self.options
+        for at, line in options.print_at_request:
+            if int(at) == number:
+                say(line.encode() + b"\n")
+        if options.crash_at == f"request:{number}":
+            crash(options)
+        if 0 <= options.wedge_after < number:
+            time.sleep(600)
+        if self.gone_within(client, options.latency):
+            if options.aborted_file:
+                with open(options.aborted_file, "a", encoding="utf-8") as file:
+                    file.write(f"{number}\n")
+            raise ConnectionAbortedError
+        for at, status in options.status_at:
+            if int(at) == number:
+                self.send(client, int(status), {"error": {"message": f"status {status} to order"}}, options.retry_after)
+                return
+        prompt = payload["messages"][-1]["content"] if chat else payload["prompt"]
+        words = (MARK + prompt).split(" ")[: payload.get("max_tokens") or 1000]
+        with self.lock:
+            self.tokens += len(words)
+        if payload.get("stream"):
+            self.stream(client, words, chat=chat)
+            return
+        text = " ".join(words)
+        choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
+        answer = {
+            "id": f"fake-{number}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": 0,
+            "model": options.model,
+            "choices": [{"index": 0, "finish_reason": "stop", **choice}],
+            "usage": {**usage, "total_tokens": sum(usage.values())},
+        }
+        if options.reset_at == number:
+            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            raise ConnectionAbortedError
+        self.send(client, 200, answer)
+
+    @staticmethod
+    def gone_within(client: socket.socket, seconds: float) -> bool:
+        """Work for so long, and notice when the client leaves."""
+        if not seconds:
+            return False
+        client.settimeout(seconds)
+        try:
+            return client.recv(1, socket.MSG_PEEK) == b""
+        except TimeoutError:
+            return False
+        finally:
+            client.settimeout(None)
+
+    @staticmethod
+    def stream(client: socket.socket, words: list[str], *, chat: bool) -> None:
+        client.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        pieces = [word if index == 0 else f" {word}" for index, word in enumerate(words)]
+        events = [{"delta": {"content": piece}} if chat else {"text": piece} for piece in pieces]
+        for event in [*({"choices": [{"index": 0, **event}]} for event in events), None]:
+            data = b"data: " + (json.dumps(event).encode() if event else b"[DONE]") + b"\n\n"
+            client.sendall(b"%x\r\n%s\r\n" % (len(data), data))
+        client.sendall(b"0\r\n\r\n")
+
+    def send(self, client: socket.socket, status: int, value: dict[str, Any], retry_after: str = "") -> None:
+        extra = f"Retry-After: {retry_after}\r\n" if retry_after else ""
+        self.send_raw(client, status, "application/json", json.dumps(value).encode(), extra)
+
+    def send_text(self, client: socket.socket, text: str) -> None:
+        self.send_raw(client, 200, "text/plain", text.encode(), "")
+
+    @staticmethod
+    def send_raw(client: socket.socket, status: int, kind: str, body: bytes, extra: str) -> None:
+        head = f"HTTP/1.1 {status} Fake\r\nContent-Type: {kind}\r\n{extra}Content-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    started = count_start(options.counter) if options.counter else 1
+
+    def stop(*_: object) -> None:
+        time.sleep(options.slow_stop)
+        os._exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN if options.deaf else stop)
+    fork_tree(options)
+    talk(options)
+    if started <= options.port_in_use:
+        say(
+            f"ERROR: [Errno 98] error while attempting to bind on address ('{options.host}', {options.port}): "
+            "address already in use\n".encode()
+        )
+        os._exit(1)
+    if started <= options.fail_starts or options.crash_at == "before-bind":
+        crash(options)
+    if options.never_ready:
+        time.sleep(600)
+    time.sleep(options.ready_after)
+    engine = Engine(options)
+    server = engine.listen()
+    phase, _, seconds = options.crash_at.partition(":")
+    if phase in {"loading", "ready"}:
+        threading.Timer(float(seconds or 0.05), crash, (options,)).start()
+    threading.Thread(target=engine.serve, args=(server,), daemon=True).start()
+    say(b"Application startup complete.\n")
+    while True:
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
