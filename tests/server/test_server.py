@@ -100,12 +100,16 @@ async def test_nothing_is_left_however_and_whenever_the_block_ends(way, phase):
     assert processes_of_this_run() == []
 
 
+async def cancelled_body(scope: trio.CancelScope) -> None:
+    async with CustomServer(fake_config()):
+        scope.cancel()
+        raise ValueError("mine")
+
+
 async def test_a_cancelled_scope_around_a_body_that_raises_keeps_the_exception():
     with trio.CancelScope() as scope:
         with pytest.raises(ValueError, match="mine"):
-            async with CustomServer(fake_config()):
-                scope.cancel()
-                raise ValueError("mine")
+            await cancelled_body(scope)
         assert processes_of_this_run() == []
 
 
@@ -187,7 +191,7 @@ async def test_an_engine_that_dies_while_serving_fails_its_requests_with_its_las
 
 async def test_a_dead_engine_whose_child_keeps_the_connection_open_fails_requests_at_once():
     async with CustomServer(fake_config("--latency", "30", "--crash-at", "ready:0.3")) as server:
-        with pytest.raises(ServerError), trio.fail_after(5):
+        with trio.fail_after(5), pytest.raises(ServerError):
             await server.make_request(CHAT)
 
 
@@ -371,14 +375,18 @@ class BrokenServer(MyServer):
         return await super().is_ready()
 
 
+async def use(server: InferenceServer) -> None:
+    await server.wait_ready()
+    await server.make_request(CHAT)
+    await trio.sleep(1)
+    await server.make_request(CHAT)
+
+
 @pytest.mark.parametrize("where", ["start_server", "monitor_health", "is_ready", "monitor returns"])
 async def test_bugs_of_a_subclass_become_the_servers_failure(where):
     async with BrokenServer(where) as server:
         with pytest.raises(ServerError) as caught:
-            await server.wait_ready()
-            await server.make_request(CHAT)
-            await trio.sleep(1)
-            await server.make_request(CHAT)
+            await use(server)
         if where != "monitor returns":
             assert f"a bug in {where}" in caught.value.message
             assert isinstance(caught.value.__cause__, KeyError)
