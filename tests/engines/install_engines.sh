@@ -68,8 +68,9 @@ vllm() {
 
 sglang() {
     begin sglang "$SGLANG" || return 0
-    pip --no-deps "sglang==$SGLANG" && borrow || return 1
-    finish "$venv/bin/python" -c 'import sglang.srt.server_args'
+    # orjson and ipython are what its parser imports and vLLM's environment lacks.
+    pip orjson==3.13.0 ipython==9.18.1 && pip --no-deps "sglang==$SGLANG" && borrow || return 1
+    finish "$venv/bin/python" -c 'import sglang.launch_server'
 }
 
 transformers() {
