@@ -9,11 +9,12 @@ import logging
 import os
 import runpy
 import sys
+from typing import Any
 
 KEY_VARIABLE = "TRINFER_ENGINE_API_KEY"
 
 
-def main():  # type: () -> None
+def main() -> None:
     """What ``python -m sglang.launch_server`` does, with one more argument that no process list shows."""
     # Python puts the script's folder first. There lie trinfer's own modules sglang, vllm and transformers.
     here = os.path.dirname(os.path.abspath(__file__))
@@ -27,11 +28,11 @@ def main():  # type: () -> None
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
 
-def hide_in_logs(secret):  # type: (str) -> None
+def hide_in_logs(secret: str) -> None:
     """SGLang logs all its arguments when it starts; the key shall not be among them."""
     make = logging.getLogRecordFactory()
 
-    def make_without(*args, **kwargs):  # type: (object, object) -> logging.LogRecord
+    def make_without(*args: Any, **kwargs: Any) -> logging.LogRecord:  # noqa: ANN401  # as logging.LogRecord
         record = make(*args, **kwargs)
         if secret in str(record.msg) or secret in str(record.args):
             try:
