@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 PORT_CHANGES = 10  # new ports taken in one start before the start counts as failed
 LAST_WORDS = 0.04  # seconds that the output of a dead engine may still take to arrive
 SHOWN_TAIL = 50  # lines
+READ_TAIL = 200  # lines that are searched for a cause
 KEY_REFUSED = frozenset({401, 403})
 NO_SUCH_ROUTE = frozenset({404, 405})
 
@@ -290,7 +291,9 @@ class Supervisor:
         """The failure with all that is known: diagnosis, the engine's last words, the attempts before."""
         server = self._server
         tail = failure.log_tail or server.log.tail(SHOWN_TAIL)
-        diagnosis = None if failure.cause else diagnose(tail, server.engine_name)
+        # Engines of several processes repeat a failure in each, with a traceback: its cause may stand far up.
+        lines = failure.log_tail or server.log.tail(READ_TAIL)
+        diagnosis = None if failure.cause else diagnose(lines, server.engine_name, returncode=failure.returncode)
         explained = ServerError(
             failure.message,
             cause=diagnosis.cause if diagnosis else failure.cause,
