@@ -6,10 +6,12 @@ import os
 import subprocess
 import threading
 from pathlib import Path
-
-import pytest
+from typing import TYPE_CHECKING
 
 from tests import leaks
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def test_finds_a_process_that_has_daemonised():

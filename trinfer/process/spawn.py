@@ -106,7 +106,7 @@ class GuardedProcess:
         self._error: int | None = None
         self._survivors: list[Survivor] = []
         self._stuck = trio.CancelScope(shield=True)
-        self.process: trio.Process
+        self.process: trio.Process  # not there yet when a start is cancelled half-way
         self.engine_pid = 0
         self.started_at = 0.0
         self.exit: EngineExit | None = None
@@ -155,8 +155,9 @@ class GuardedProcess:
         elif word == "ended":
             self._ended = True
 
-    async def _deliver_cancel(self, _process: trio.Process) -> None:
+    async def _deliver_cancel(self, process: trio.Process) -> None:
         """trio's way to end a process; it is cancelled when the guard has ended."""
+        self.process = process
         self.stop()
         await trio.sleep(self._grace + guard.KILL_WAIT + MARGIN)
         self._kill_guard()
@@ -180,7 +181,7 @@ class GuardedProcess:
         lost = not self._ended and self._error is None
         if lost:
             await self._sweep()
-        if self.engine_pid:
+        if hasattr(self, "process"):
             await self.process.wait()  # it has closed its files, and is about to be reaped
         returncode = self.exit.returncode if self.exit else None
         self.exit = EngineExit(returncode, tuple(self._survivors), guard_lost=lost)

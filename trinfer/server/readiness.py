@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import select
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,12 @@ def accepts_connections(host: str, port: int | None, uds: str | None) -> bool:
             code = probe.connect_ex(address)
         except OSError:  # a name instead of an address, a path that is too long: the real probe will explain it
             return True
+        if code == errno.EINPROGRESS:
+            # On loopback the refusal is there already, but only a poll brings it out.
+            poll = select.poll()
+            poll.register(probe, select.POLLOUT)
+            poll.poll(0)
+            code = probe.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         return code not in {errno.ECONNREFUSED, errno.ENOENT}
 
 

@@ -1,0 +1,429 @@
+"""Connections, pool and requests against scripted servers on real sockets."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import ssl
+
+import pytest
+import trio
+import trustme
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.http.scripted import RESET, Scripted, serving
+from trinfer import (
+    AuthenticationError,
+    BadRequestError,
+    ConnectionLost,
+    ContextLengthError,
+    InferenceError,
+    NotFoundError,
+    ProtocolError,
+    RateLimitError,
+    RequestError,
+    RequestTimeout,
+)
+from trinfer.http.api import ApiClient, server_message
+from trinfer.http.connection import HttpAnswer, MalformedAnswer, _Reader
+from trinfer.http.control import ControlClient
+from trinfer.http.origin import Origin
+from trinfer.http.pool import Pool
+
+OK = b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"ok":true}'
+PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
+
+
+# -- complete answers -----------------------------------------------------------------------------------------------
+
+ANSWERS = {
+    "length": PLAIN,
+    "any case": b"HTTP/1.1 200 OK\r\ncOnTeNt-LeNgTh:5\r\n\r\nhello",
+    "no reason phrase": b"HTTP/1.1 200\r\nContent-Length: 5\r\n\r\nhello",
+    "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n",
+    "chunked, extensions and trailers": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: x\r\n\r\n"
+    b"5;name=value\r\nhello\r\n0\r\nX-Sum: 1\r\n\r\n",
+    "interim": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + PLAIN,
+}
+UNTIL_CLOSE = {
+    "close-delimited": b"HTTP/1.1 200 OK\r\n\r\nhello",
+    "1.0": b"HTTP/1.0 200 OK\r\n\r\nhello",
+    "connection: close": b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 5\r\n\r\nhello",
+}
+
+
+def read(*pieces: bytes, end: bool = False) -> HttpAnswer:
+    reader = _Reader()
+    for piece in pieces:
+        reader.feed(piece)
+    complete = reader.end() if end else reader.complete
+    assert complete
+    return reader.answer
+
+
+@pytest.mark.parametrize("name", [*ANSWERS, *UNTIL_CLOSE])
+@given(data=st.data())
+@settings(max_examples=30)
+def test_a_complete_answer_split_anywhere(name, data):
+    whole = {**ANSWERS, **UNTIL_CLOSE}[name]
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(whole) - 1))))
+    edges = [0, *cuts, len(whole)]
+    pieces = [whole[a:b] for a, b in itertools.pairwise(edges)]
+    answer = read(*pieces, end=name in UNTIL_CLOSE)
+    assert (answer.status, answer.body) == (200, b"hello")
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+async def test_connections_are_kept_for_the_next_request(name):
+    server = Scripted([ANSWERS[name]], [PLAIN])
+    async with serving(server) as origin:
+        pool = Pool(origin)
+        request = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+        for _ in range(2):
+            assert (await pool.exchange(request)).body == b"hello"
+        assert (server.connections, pool.idle, pool.in_use) == (1, 1, 0)
+        pool.close()
+
+
+@pytest.mark.parametrize("name", UNTIL_CLOSE)
+async def test_connections_that_the_server_ends_are_not_kept(name):
+    server = Scripted([UNTIL_CLOSE[name], None], [PLAIN])
+    async with serving(server) as origin:
+        pool = Pool(origin)
+        for _ in range(2):
+            assert (await pool.exchange(b"POST / HTTP/1.1\r\nContent-Length: 0\r\n\r\n")).body == b"hello"
+        assert server.connections == 2
+        pool.close()
+
+
+# -- what is no answer ----------------------------------------------------------------------------------------------
+
+MALFORMED = {
+    "repeated equal length": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\nhello",
+    "no http": b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+    "length and chunked": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunked and length": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+    "strange length": b"HTTP/1.1 200 OK\r\nContent-Length: 5x\r\n\r\nhello",
+    "negative length": b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nhello",
+    "strange coding": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nhello",
+    "bad chunk size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n0\r\n\r\n",
+    "two answers": PLAIN + PLAIN,
+    "an answer and more": PLAIN + b"garbage",
+    "another protocol": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+    "header too long": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000 + b"\r\nContent-Length: 5\r\n\r\nhello",
+    "header without end": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000,
+    "body too long": b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\nhello",
+    "interim for ever": b"HTTP/1.1 102 Processing\r\n\r\n" * 20 + PLAIN,
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_whatever_is_malformed_is_an_error_and_ends_the_connection(name):
+    server = Scripted([MALFORMED[name], 5.0], [OK])
+    async with serving(server) as origin:
+        client = ApiClient(origin)
+        with pytest.raises(ProtocolError):
+            await client.post_json("/x", {}, timeout=2)
+        assert client.pool.idle == 0
+        assert await client.post_json("/x", {}, timeout=5) == {"ok": True}
+        assert server.connections == 2
+        client.close()
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+@given(data=st.data())
+@settings(max_examples=20)
+def test_malformed_answers_split_anywhere_are_never_complete_and_clean(name, data):
+    whole = MALFORMED[name]
+    cut = data.draw(st.integers(1, len(whole) - 1))
+    reader = _Reader()
+    with pytest.raises(MalformedAnswer):  # noqa: PT012  # either piece may raise
+        for piece in (whole[:cut], whole[cut:]):
+            reader.feed(piece)
+            assert not reader.complete or piece == whole[:cut]
+
+
+async def test_bytes_that_come_after_an_answer_close_the_connection_before_its_next_use():
+    server = Scripted([OK, 0.05, b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"ok":false}', 5.0], [OK])
+    async with serving(server) as origin:
+        client = ApiClient(origin)
+        assert await client.post_json("/x", {}, timeout=5) == {"ok": True}
+        await trio.sleep(0.2)
+        assert await client.post_json("/x", {}, timeout=5) == {"ok": True}
+        assert server.connections == 2
+        client.close()
+
+
+async def test_a_connection_that_the_server_has_closed_is_noticed_before_its_use():
+    server = Scripted([OK, None], [OK])
+    async with serving(server) as origin:
+        client = ApiClient(origin)
+        for _ in range(2):
+            assert await client.post_json("/x", {}, timeout=5) == {"ok": True}
+            await trio.sleep(0.05)
+        assert len(server.requests) == 2
+        client.close()
+
+
+async def test_a_reused_connection_that_ends_before_its_answer_is_replaced():
+    # The server reads the second request, and closes: it had decided to before the request came.
+    server = Scripted([OK], [None], [OK])
+    async with serving(server) as origin:
+        client = ApiClient(origin)
+        for _ in range(2):
+            assert await client.post_json("/x", {}, timeout=5) == {"ok": True}
+        assert (server.connections, len(server.requests)) == (2, 3)
+        client.close()
+
+
+@pytest.mark.parametrize(
+    "script",
+    [[None], [RESET], [b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{", None], [b"HTTP/1.1 200 OK\r\n", RESET]],
+)
+async def test_an_answer_that_breaks_off_is_lost(script):
+    server = Scripted(script)
+    async with serving(server) as origin:
+        client = ApiClient(origin)
+        with pytest.raises(ConnectionLost):
+            await client.post_json("/x", {}, timeout=5)
+        assert (client.pool.in_use, client.pool.idle) == (0, 0)
+        client.close()
+
+
+async def test_nobody_there():
+    client = ApiClient(Origin.from_url("http://127.0.0.1:1"))
+    with pytest.raises(ConnectionLost, match=r"127\.0\.0\.1:1"):
+        await client.post_json("/x", {}, timeout=5)
+    client = ApiClient(Origin.unix("/no/such/socket"))
+    with pytest.raises(ConnectionLost, match="no connection"):
+        await client.post_json("/x", {}, timeout=5)
+    client.close()
+    with pytest.raises(ConnectionLost, match="closed"):
+        await client.post_json("/x", {}, timeout=5)
+
+
+# -- requests and errors --------------------------------------------------------------------------------------------
+
+
+async def test_what_is_sent():
+    server = Scripted([OK])
+    async with serving(server) as origin:
+        client = ApiClient(Origin.from_url(origin.url + "/base/"), api_key="k3y")
+        await client.post_json("/v1/x", {"text": "ünï", "n": 1.5, "none": None}, timeout=5)
+        client.close()
+    head, _, body = server.requests[0].partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    assert lines[0] == "POST /base/v1/x HTTP/1.1"
+    assert f"Host: {origin.authority}" in lines
+    assert "Authorization: Bearer k3y" in lines
+    assert "Content-Type: application/json" in lines
+    assert body.decode() == '{"text":"ünï","n":1.5,"none":null}'
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "said"),
+    [
+        (400, b'{"error": {"message": "bad thing"}}', BadRequestError, "bad thing"),
+        (400, b'{"object": "error", "message": "bad thing"}', BadRequestError, "bad thing"),
+        (422, b'{"detail": [{"loc": ["body"]}]}', BadRequestError, '[{"loc": ["body"]}]'),
+        (413, b"", BadRequestError, None),
+        (401, b'{"error": "Unauthorized"}', AuthenticationError, "Unauthorized"),
+        (403, b"<html>no</html>", AuthenticationError, "<html>no</html>"),
+        (404, b'{"detail": "Not Found"}', NotFoundError, "Not Found"),
+        (429, b"{}", RateLimitError, None),
+        (500, b'{"error": {"message": "oops"}}', RequestError, "oops"),
+        (503, b"\xff", RequestError, "\ufffd"),
+        (302, b"", ProtocolError, None),
+    ],
+)
+async def test_statuses_become_typed_errors(status, body, kind, said):
+    head = f"HTTP/1.1 {status} X\r\nLocation: /else\r\nx-request-id: r-7\r\nContent-Length: {len(body)}\r\n\r\n"
+    async with serving(Scripted([head.encode() + body])) as origin:
+        client = ApiClient(origin, api_key="k3y-secret")
+        with pytest.raises(InferenceError) as caught:
+            await client.post_json("/x", {"a": 1}, timeout=5)
+        client.close()
+    error = caught.value
+    assert type(error) is kind
+    assert isinstance(error, RequestError)
+    assert (error.status, error.server_message, error.request_id) == (status, said, "r-7")
+    assert error.payload == {"a": 1}
+    assert error.elapsed > 0
+    assert "k3y" not in repr(error) + str(error)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens",  # vLLM, OpenAI
+        "The input (9000 tokens) is longer than the model's context length (8192 tokens).",  # SGLang
+        "the request exceeds the available context size, try increasing it",  # llama.cpp
+    ],
+)
+async def test_a_prompt_that_is_too_long_is_recognised(message):
+    body = f'{{"error": {{"message": "{message}"}}}}'.encode()
+    head = f"HTTP/1.1 400 X\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    async with serving(Scripted([head + body])) as origin:
+        client = ApiClient(origin)
+        with pytest.raises(ContextLengthError):
+            await client.post_json("/x", {}, timeout=5)
+        client.close()
+
+
+@pytest.mark.parametrize("body", [b"", b"nope", b"[1]", b'"text"', b'{"a": '])
+async def test_a_body_that_is_no_json_object_is_an_error(body):
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    async with serving(Scripted([head + body])) as origin:
+        client = ApiClient(origin)
+        with pytest.raises(ProtocolError):
+            await client.post_json("/x", {}, timeout=5)
+        client.close()
+
+
+@given(st.binary())
+def test_any_body_of_an_error_gives_a_message_or_none(body):
+    said = server_message(body)
+    assert said is None or 0 < len(said) <= 500
+
+
+async def test_time_out():
+    async with serving(Scripted([b"HTTP/1.1 200 OK\r\n", 9.0])) as origin:
+        client = ApiClient(origin)
+        with pytest.raises(RequestTimeout, match=r"0\.1 s"):
+            await client.post_json("/x", {}, timeout=0.1)
+        assert (client.pool.in_use, client.pool.idle) == (0, 0)
+        client.close()
+
+
+async def test_tls():
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1", "localhost").configure_cert(context)
+
+    async def handler(stream: trio.SocketStream) -> None:
+        secure = trio.SSLStream(stream, context, server_side=True)
+        try:
+            while await secure.receive_some(65536):
+                await secure.send_all(OK)
+        except trio.BrokenResourceError:
+            stream.socket.close()
+        finally:
+            stream.socket.close()
+
+    async with serving(handler) as plain:
+        origin = Origin.from_url(f"https://127.0.0.1:{plain.port}")
+        client = ApiClient(origin)
+        with pytest.raises(ConnectionLost, match="certificate"):
+            await client.post_json("/x", {}, timeout=5)
+        trusting = ssl.create_default_context()
+        authority.configure_trust(trusting)
+        client._pool._tls = trusting
+        for _ in range(3):
+            assert await client.post_json("/x", {}, timeout=5) == {"ok": True}
+        client.close()
+
+
+# -- the pool under contention ----------------------------------------------------------------------------------------
+
+
+async def echo(stream: trio.SocketStream) -> None:
+    """Answers each request with its own body, in pieces."""
+    from tests.http.scripted import read_request
+
+    try:
+        while request := await read_request(stream):
+            body = request.partition(b"\r\n\r\n")[2]
+            head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
+            await stream.send_all(head + body[:5])
+            await trio.sleep(0)
+            await stream.send_all(body[5:])
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        pass
+    finally:
+        stream.socket.close()
+
+
+@pytest.mark.slow
+@given(st.integers(0, 2**32))
+@settings(max_examples=10)
+async def test_requests_cancelled_at_random_never_lose_a_slot_or_an_answer(seed):
+    chance = random.Random(seed)
+    answered = 0
+
+    async def one(client: ApiClient, number: int) -> None:
+        nonlocal answered
+        with trio.move_on_after(chance.choice([9, 9, 0, chance.uniform(0, 0.02), chance.uniform(0, 0.2)])):
+            assert await client.post_json("/x", {"marker": number}, timeout=30) == {"marker": number}
+            answered += 1
+
+    async with serving(echo) as origin:
+        client = ApiClient(origin, max_connections=5)
+        async with trio.open_nursery() as nursery:
+            for number in range(1000):  # ten examples: 10,000 requests
+                nursery.start_soon(one, client, number)
+        assert client.pool.in_use == 0
+        assert client.pool.idle <= 5
+        assert answered >= 300
+        # Every slot still works.
+        async with trio.open_nursery() as nursery:
+            for number in range(20):
+                nursery.start_soon(one, client, number)
+        client.close()
+
+
+# -- the control client -------------------------------------------------------------------------------------------------
+
+
+async def test_the_control_client_maps_every_error(tmp_path):
+    async with serving(Scripted([PLAIN])) as origin:
+        pass
+    gone = ControlClient(origin)
+    with pytest.raises(ConnectionLost):
+        await gone.get("/x", timeout=1)
+    await gone.aclose()
+    await gone.aclose()
+
+    async def silent(stream: trio.SocketStream) -> None:
+        await trio.sleep_forever()
+
+    async def rude(stream: trio.SocketStream) -> None:
+        await stream.send_all(b"SSH-2.0\r\n\r\n")
+        stream.socket.close()
+
+    for handler, kind in ((silent, RequestTimeout), (rude, InferenceError)):
+        async with serving(handler) as origin:
+            client = ControlClient(origin)
+            with pytest.raises(kind):
+                await client.get("/x", timeout=0.2)
+            await client.aclose()
+
+
+# -- origins --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "expected", "authority"),
+    [
+        ("http://127.0.0.1:8000", Origin("http", "127.0.0.1", 8000), "127.0.0.1:8000"),
+        ("https://api.example.com/v1/", Origin("https", "api.example.com", 443, None, "/v1"), "api.example.com"),
+        ("http://[::1]:80/", Origin("http", "::1", 80), "[::1]"),
+        (
+            "http+unix://%2Ft%2Fa%20b/base",
+            Origin("http", "localhost", 80, "/t/a b", "/base"),
+            "localhost",
+        ),
+    ],
+)
+def test_urls_are_read_and_written(url, expected, authority):
+    origin = Origin.from_url(url)
+    assert origin == expected
+    assert origin.authority == authority
+    assert Origin.from_url(origin.url) == origin
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "127.0.0.1:80", "http://", "http+unix://", ""])
+def test_what_is_no_url_is_refused(url):
+    with pytest.raises(ValueError, match=r"no http|names no"):
+        Origin.from_url(url)
