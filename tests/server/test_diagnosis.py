@@ -199,7 +199,7 @@ LINES = [
     (
         "context-too-long",
         "sglang",
-        "ValueError: Warning: User-specified context_length (40000) is greater than the derived context_length (2048). ",
+        "ValueError: Warning: User-specified context_length (40000) is greater than the derived context_length (2048).",
     ),
     ("unknown-option", "vllm", "vllm serve: error: unrecognized arguments: --bogus"),
     ("unknown-option", "llamacpp", "error: invalid argument: --bogus"),
