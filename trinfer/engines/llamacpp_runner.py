@@ -1,6 +1,8 @@
 """A command line for llama.cpp's own HTTP server as the Python package xllamacpp carries it.
 
-Stands alone: it is executed by path, and takes the options of ``llama-server`` that are needed here.
+Stands alone: it is executed by path, and takes those options of ``llama-server`` that are needed here; others are
+taken for fields of ``xllamacpp.CommonParams``. SIGTERM and SIGINT end it at once, also while it loads: there is nothing
+to save, and the library's own teardown can take seconds.
 """
 
 from __future__ import annotations
@@ -9,47 +11,97 @@ import argparse
 import os
 import signal
 import sys
+from typing import Any
+
+# llama-server's name of an option -> the field of CommonParams that holds it
+FIELDS = {
+    "batch-size": "n_batch",
+    "cache-reuse": "n_cache_reuse",
+    "cont-batching": "cont_batching",
+    "ctx-size": "n_ctx",
+    "embeddings": "embedding",
+    "gpu-layers": "n_gpu_layers",
+    "jinja": "use_jinja",
+    "metrics": "endpoint_metrics",
+    "n-predict": "n_predict",
+    "parallel": "n_parallel",
+    "predict": "n_predict",
+    "slots": "endpoint_slots",
+    "threads-http": "n_threads_http",
+    "timeout": "timeout_read",
+    "ubatch-size": "n_ubatch",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options that are not simply fields."""
+    made = argparse.ArgumentParser(prog="llamacpp_runner", allow_abbrev=False)
+    made.add_argument("--model", required=True)
+    made.add_argument("--alias", required=True)
+    made.add_argument("--host", required=True)
+    made.add_argument("--port", required=True, type=int)
+    made.add_argument("--ctx-size", type=int, default=0)
+    made.add_argument("--parallel", type=int, default=1)
+    made.add_argument("--threads", type=int, default=0)
+    return made
+
+
+def set_field(params: Any, word: str) -> None:  # noqa: ANN401  # xllamacpp has no types
+    """Apply ``--name``, ``--no-name`` or ``--name=value``.
+
+    Raises:
+        ValueError: no such field, or not of its type.
+    """
+    name, equals, text = word.removeprefix("--").partition("=")
+    is_negated = not equals and name.startswith("no-")
+    name = name.removeprefix("no-") if is_negated else name
+    field = FIELDS.get(name, name.replace("-", "_"))
+    present = getattr(params, field, None)
+    if not word.startswith("--") or not isinstance(present, bool | int | float | str):
+        raise ValueError(f"unrecognized arguments: {word}")
+    if isinstance(present, bool):
+        if equals and text not in {"0", "1", "on", "off"}:
+            raise ValueError(f"error: invalid argument: {word}")
+        setattr(params, field, text in {"1", "on"} if equals else not is_negated)
+        return
+    try:
+        setattr(params, field, type(present)(text))
+    except ValueError:
+        raise ValueError(f"error: invalid argument: {word}") from None
 
 
 def main() -> int:
-    """Load the model, serve until SIGTERM or SIGINT."""
-    parser = argparse.ArgumentParser(prog="llamacpp_runner")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--alias", required=True)
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--port", required=True, type=int)
-    parser.add_argument("--ctx-size", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--parallel", type=int, default=1)
-    parser.add_argument("--n-gpu-layers", type=int, default=0)
-    arguments = parser.parse_args()
-    # Blocked before any thread is made, so that only sigwait below hears them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    if not os.path.isfile(arguments.model):
-        print(f"failed to load model, '{arguments.model}': there is no such file", file=sys.stderr)
+    """Load the model, and serve until a signal."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    known, rest = parser().parse_known_args()
+    if not os.path.isfile(known.model):
+        print(f"failed to load model, '{known.model}': there is no such file", file=sys.stderr)
         return 1
 
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path = arguments.model
-    params.model_alias = {arguments.alias}
-    params.hostnames = [arguments.host]
-    params.port = arguments.port
-    params.n_ctx = arguments.ctx_size * arguments.parallel
-    params.n_parallel = arguments.parallel
-    params.n_gpu_layers = arguments.n_gpu_layers
-    # More threads than cores that are really free make tiny models slower by orders of magnitude (spinning).
-    params.cpuparams.n_threads = arguments.threads or max(1, (os.cpu_count() or 2) // 2)
+    params.model.path = known.model
+    params.model_alias = {known.alias}
+    params.hostnames = [known.host]
+    params.port = known.port
+    params.n_ctx = known.ctx_size
+    params.n_parallel = known.parallel
+    if known.threads > 0:
+        params.cpuparams.n_threads = known.threads
     key = os.environ.pop("LLAMA_API_KEY", "")
     if key:
         params.api_keys = [key]
+    try:
+        for word in rest:
+            set_field(params, word)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     server = xllamacpp.Server(params)
     print(f"listening on {server.listening_address}", flush=True)
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
-    print("stopping", flush=True)
-    # The library's own teardown can take seconds, and there is nothing to save.
-    os._exit(0)
+    while True:
+        signal.pause()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """SGLang: ``sglang.launch_server``, through a small launcher that keeps the API key out of the command line.
 
 Checked against ``ServerArgs`` of SGLang 0.5.23. It serves on no unix socket, and takes its key by ``--api-key`` only:
-anybody on the machine could read it there, so the launcher adds it from the environment, inside the process. Ranks
-above 0 of a multi-node engine ignore SIGTERM; the guard ends them after the grace period.
+anybody on the machine could read it there, so the launcher adds it from the environment, inside the process.
+``launch_server`` and not ``sglang serve``, which newer versions recommend: both run the same code, the first exists in
+all versions, and it never takes a model for a diffusion model by looking it up on the hub. Ranks above 0 of a
+multi-node engine ignore SIGTERM; the guard ends them after the grace period.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from trinfer.engines import sglang_launcher
 from trinfer.engines.address import Address
-from trinfer.engines.arguments import options
+from trinfer.engines.arguments import chosen_names, options
 from trinfer.errors import ConfigError
 from trinfer.process.addresses import PortLease, lease_port
 from trinfer.server.base import InferenceServer
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SGLangServer", "sglang_command", "sglang_environment"]
 
+_NODES = "the environment of the nodes (DATATROVE_NODE_RANK and DATATROVE_NODE_IPS, SLURM or torchrun)"
 RESERVED = {
     "model-path": "model_name_or_path",
     "model": "model_name_or_path",
@@ -36,14 +39,18 @@ RESERVED = {
     "trust-remote-code": "trust_remote_code",
     "tp-size": "tp",
     "tensor-parallel-size": "tp",
+    "tp": "tp",
     "pp-size": "pp",
     "pipeline-parallel-size": "pp",
+    "pp": "pp",
     "dp-size": "dp",
     "data-parallel-size": "dp",
+    "dp": "dp",
     "served-model-name": "served_model_name",
-    "nnodes": "the environment of the nodes (DATATROVE_NODE_RANK, SLURM, torchrun)",
-    "node-rank": "the environment of the nodes (DATATROVE_NODE_RANK, SLURM, torchrun)",
-    "dist-init-addr": "master_port, and the environment of the nodes",
+    "nnodes": _NODES,
+    "node-rank": _NODES,
+    "dist-init-addr": f"master_port, and {_NODES}",
+    "nccl-init-addr": f"master_port, and {_NODES}",
 }
 
 
@@ -55,7 +62,11 @@ def sglang_command(
     Args:
         nccl_port: a leased port for the engine's processes to meet, on a single node; two engines on one machine
             would otherwise take the same.
+
+    Raises:
+        ConfigError: ``model_kwargs`` has what trinfer sets itself, or nothing tells where the first node is.
     """
+    chosen = chosen_names(config.model_kwargs)
     command = [config.executable or sys.executable, str(Path(sglang_launcher.__file__))]
     command += ["--model-path", config.model_name_or_path, "--context-length", str(config.model_max_context)]
     if not node.is_worker:
@@ -74,13 +85,14 @@ def sglang_command(
                 advice="set DATATROVE_NODE_IPS, or start under srun or torchrun",
             )
         command += ["--nnodes", str(node.count), "--node-rank", str(node.rank)]
-        command += ["--dist-init-addr", f"{node.master_addr}:{config.master_port}"]
-    elif nccl_port is not None and "nccl-port" not in {key.replace("_", "-") for key in config.model_kwargs}:
+        first = f"[{node.master_addr}]" if ":" in node.master_addr else node.master_addr
+        command += ["--dist-init-addr", f"{first}:{config.master_port}"]
+    elif nccl_port is not None and "nccl-port" not in chosen:
         command += ["--nccl-port", str(nccl_port)]
-    chosen = {key.replace("_", "-") for key in config.model_kwargs}
     if "log-level-http" not in chosen:
+        # A line per request would drown the log, and the news in it.
         command += ["--log-level-http", "warning"]
-    return [*command, *options(config.model_kwargs, reserved=RESERVED)]
+    return [*command, *options(config.model_kwargs, reserved=RESERVED, abbreviates=True)]
 
 
 def sglang_environment(config: InferenceConfig) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Hugging Face transformers: ``transformers serve``.
 
-It loads models on request, and its ``/v1/models`` lists the hub's cache, not what is loaded; it answers 500 while the
-cache folder does not exist (seen with 5.23). Requests must name the model by the configured name or path.
+Checked against 5.19 and 5.23. It is given its model at the start, so that ready means loaded, and a model that cannot
+be loaded is an error of the start; requests must then name it exactly so. Its ``/v1/models`` lists the hub's cache, not
+what is loaded, and answers 500 while the cache's folder does not exist.
 """
 
 from __future__ import annotations
@@ -11,57 +12,86 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from trinfer.engines.address import Address
-from trinfer.engines.arguments import options
-from trinfer.errors import ServerError
+from trinfer.engines.arguments import chosen_names, options
+from trinfer.engines.limits import refuse_parallel_sizes
+from trinfer.errors import ConfigError, ServerError
 from trinfer.server.base import InferenceServer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import trio
 
     from trinfer.config import InferenceConfig
 
-__all__ = ["TransformersServer", "transformers_command"]
+__all__ = ["TransformersServer", "hub_cache", "transformers_command"]
 
 RESERVED = {
+    "model": "model_name_or_path",
+    "force-model": "model_name_or_path",
     "host": "host",
     "port": "transport",
     "trust-remote-code": "trust_remote_code",
 }
 
 
-def transformers_command(config: InferenceConfig, address: Address) -> list[str]:
-    """The command line. The model comes with each request."""
-    command = [config.executable or "transformers", "serve", "--host", address.host, "--port", str(address.port)]
+def transformers_command(config: InferenceConfig, address: Address, model: str) -> list[str]:
+    """The command line.
+
+    Args:
+        model: the name or path by which requests will call for the model.
+
+    Raises:
+        ConfigError: ``model_kwargs`` has what trinfer sets itself.
+    """
+    command = [config.executable or "transformers", "serve", model]
+    command += ["--host", address.host, "--port", str(address.port)]
     if config.trust_remote_code:
         command.append("--trust-remote-code")
-    if "log-level" not in {key.replace("_", "-") for key in config.model_kwargs}:
+    if "log-level" not in chosen_names(config.model_kwargs):
         command += ["--log-level", "warning"]
     return [*command, *options(config.model_kwargs, reserved=RESERVED)]
 
 
+def hub_cache(environ: Mapping[str, str]) -> Path:
+    """Where the hub's cache is, by the variables of huggingface_hub."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if environ.get(name):
+            return Path(environ[name]).expanduser()
+    caches = Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return Path(environ.get("HF_HOME") or caches / "huggingface").expanduser() / "hub"
+
+
 class TransformersServer(InferenceServer):
-    """``transformers serve``, for models that no faster engine knows."""
+    """``transformers serve``, for models that no faster engine knows. It takes no ``model_max_context`` and no key."""
 
     engine_name: ClassVar[str] = "transformers"
     spans_nodes: ClassVar[bool] = False
 
+    def __init__(self, config: InferenceConfig, rank: int = 0) -> None:
+        refuse_parallel_sizes(config, "use vllm or sglang to spread a model over GPUs")
+        if config.served_model_name is not None:
+            raise ConfigError(
+                f"InferenceConfig.served_model_name is {config.served_model_name!r}: allowed with server_type "
+                "'transformers' is None, since it knows its model by model_name_or_path only"
+            )
+        super().__init__(config, rank)
+
     async def start_server(self) -> trio.Process | None:
-        environ = {**os.environ, **self.config.env}
-        home = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
         try:
-            Path(environ.get("HF_HUB_CACHE") or home / "hub").mkdir(parents=True, exist_ok=True)
+            hub_cache({**os.environ, **self.config.env}).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ServerError(
                 f"the hub's cache folder cannot be made: {error}",
                 advice="set HF_HOME to a folder that can be written",
             ) from error
-        return await self.spawn(transformers_command(self.config, Address(self.host, self.port)))
+        return await self.spawn(transformers_command(self.config, Address(self.host, self.port), self.model))
 
     async def monitor_health(self) -> None:
         await self.engine_exit()
 
     @property
     def model(self) -> str:
-        # A path must be absolute: the server resolves it in its own working directory.
+        # By its absolute path, so that "./name" and "name" are the same to requests.
         name = self.config.model_name_or_path
         return str(Path(name).resolve()) if Path(name).is_dir() else name

@@ -1,29 +1,37 @@
 """vLLM: ``vllm serve``.
 
-Checked against the argument parser of vLLM 0.32. It serves on unix sockets (``--uds``), reads its API key from
-``VLLM_API_KEY``, and spans nodes with ``--nnodes``: the same command on each, and ``--headless`` on all but the first.
+Checked against vLLM 0.32. It serves on unix sockets (``--uds``), reads its API key from ``VLLM_API_KEY``, and spans
+nodes with ``--nnodes``: the same command on each, and ``--headless`` on all but the first, which serves. Of the nodes,
+each must announce an address that the others reach: ``VLLM_HOST_IP``, since its own guess takes the default route.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+import os
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from trinfer.engines.address import Address
-from trinfer.engines.arguments import options
+from trinfer.engines.address import Address, own_address
+from trinfer.engines.arguments import chosen_names, options
+from trinfer.engines.keys import engine_key
 from trinfer.errors import ConfigError
 from trinfer.server.base import InferenceServer
 from trinfer.server.node import SINGLE, Node
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import trio
 
     from trinfer.config import InferenceConfig
 
 __all__ = ["VLLMServer", "vllm_command", "vllm_environment"]
 
+KEY_VARIABLE = "VLLM_API_KEY"
+ADDRESS_VARIABLE = "VLLM_HOST_IP"
 # Part of the grace period that is left to vLLM's own shutdown after it has let requests finish.
 SHUTDOWN_MARGIN = 3.0  # seconds
 
+_NODES = "the environment of the nodes (DATATROVE_NODE_RANK and DATATROVE_NODE_IPS, SLURM or torchrun)"
 RESERVED = {
     "model": "model_name_or_path",
     "host": "host",
@@ -33,19 +41,28 @@ RESERVED = {
     "max-model-len": "model_max_context",
     "trust-remote-code": "trust_remote_code",
     "tensor-parallel-size": "tp",
+    "tp": "tp",
     "pipeline-parallel-size": "pp",
+    "pp": "pp",
     "data-parallel-size": "dp",
+    "dp": "dp",
     "served-model-name": "served_model_name",
-    "nnodes": "the environment of the nodes (DATATROVE_NODE_RANK, SLURM, torchrun)",
-    "node-rank": "the environment of the nodes (DATATROVE_NODE_RANK, SLURM, torchrun)",
-    "master-addr": "the environment of the nodes (DATATROVE_NODE_IPS, SLURM, torchrun)",
+    "nnodes": _NODES,
+    "node-rank": _NODES,
+    "master-addr": _NODES,
     "master-port": "master_port",
-    "headless": "the environment of the nodes (DATATROVE_NODE_RANK, SLURM, torchrun)",
+    "headless": _NODES,
 }
+# These belong to the process that serves; a headless node refuses them.
+SERVING_ONLY = frozenset({"api-server-count"})
 
 
 def vllm_command(config: InferenceConfig, address: Address, node: Node = SINGLE) -> list[str]:
-    """The command line of one node."""
+    """The command line of one node.
+
+    Raises:
+        ConfigError: ``model_kwargs`` has what trinfer sets itself, or the nodes cannot share the engine.
+    """
     command = [config.executable or "vllm", "serve", config.model_name_or_path]
     if not node.is_worker:
         if address.uds is not None:
@@ -65,27 +82,53 @@ def vllm_command(config: InferenceConfig, address: Address, node: Node = SINGLE)
     if config.trust_remote_code:
         command.append("--trust-remote-code")
     if node.count > 1:
-        if node.master_addr is None:
-            raise ConfigError(
-                "nothing tells the address of the engine's first node",
-                advice="set DATATROVE_NODE_IPS, or start under srun or torchrun",
-            )
-        command += ["--nnodes", str(node.count), "--node-rank", str(node.rank)]
-        command += ["--master-addr", node.master_addr, "--master-port", str(config.master_port)]
-        if node.is_worker:
-            command.append("--headless")
-    defaults = {"uvicorn-log-level": "warning", "disable-uvicorn-access-log": True}
-    if config.shutdown_grace_sec > SHUTDOWN_MARGIN:
+        command += _node_options(config, node)
+    given = config.model_kwargs
+    chosen = chosen_names(given)
+    if node.is_worker:
+        given = {key: value for key, value in given.items() if key.replace("_", "-") not in SERVING_ONLY}
+    defaults = {name: value for name, value in _defaults(config).items() if name not in chosen}
+    return [*command, *options(defaults, reserved={}), *options(given, reserved=RESERVED, abbreviates=True)]
+
+
+def _node_options(config: InferenceConfig, node: Node) -> list[str]:
+    if node.master_addr is None:
+        raise ConfigError(
+            "nothing tells the address of the engine's first node",
+            advice="set DATATROVE_NODE_IPS, or start under srun or torchrun",
+        )
+    world = config.tp * config.pp * config.dp
+    if world % node.count:
+        raise ConfigError(
+            f"InferenceConfig: tp x pp x dp is {world}, which {node.count} nodes cannot share evenly: allowed is a "
+            f"multiple of {node.count}",
+            advice="change tp, pp or dp, or set multi_node=False for an engine per node",
+        )
+    command = ["--nnodes", str(node.count), "--node-rank", str(node.rank)]
+    command += ["--master-addr", node.master_addr, "--master-port", str(config.master_port)]
+    return [*command, "--headless"] if node.is_worker else command
+
+
+def _defaults(config: InferenceConfig) -> dict[str, Any]:
+    # A line per request would drown the log, and the news in it.
+    defaults: dict[str, Any] = {"disable-uvicorn-access-log": True}
+    seconds = int(config.shutdown_grace_sec - SHUTDOWN_MARGIN)
+    if seconds > 0:
         # vLLM's own default is 0: requests in flight are dropped at once.
-        defaults["shutdown-timeout"] = int(config.shutdown_grace_sec - SHUTDOWN_MARGIN)
-    given = options(config.model_kwargs, reserved=RESERVED)
-    chosen = {key.replace("_", "-") for key in config.model_kwargs}
-    return [*command, *options({k: v for k, v in defaults.items() if k not in chosen}, reserved={}), *given]
+        defaults["shutdown-timeout"] = seconds
+    return defaults
 
 
-def vllm_environment(config: InferenceConfig) -> dict[str, str]:
-    """What does not belong in a command line."""
-    return {"VLLM_API_KEY": config.api_key} if config.api_key else {}
+def vllm_environment(config: InferenceConfig, *, host_ip: str | None = None) -> dict[str, str]:
+    """What does not belong in a command line.
+
+    Args:
+        host_ip: address of this node for the other nodes; None for a single node.
+    """
+    environment = {KEY_VARIABLE: config.api_key} if config.api_key else {}
+    if host_ip is not None and ADDRESS_VARIABLE not in config.env:
+        environment[ADDRESS_VARIABLE] = host_ip
+    return environment
 
 
 class VLLMServer(InferenceServer):
@@ -96,7 +139,15 @@ class VLLMServer(InferenceServer):
 
     async def start_server(self) -> trio.Process | None:
         command = vllm_command(self.config, Address(self.host, self.port, self.uds), self.node)
-        return await self.spawn(command, env=vllm_environment(self.config))
+        return await self.spawn(command, env=vllm_environment(self.config, host_ip=await self._host_ip(os.environ)))
+
+    async def _host_ip(self, environ: Mapping[str, str]) -> str | None:
+        if self.node.count == 1 or self.node.master_addr is None or ADDRESS_VARIABLE in environ:
+            return None
+        return await own_address(self.node.master_addr)
 
     async def monitor_health(self) -> None:
         await self.engine_exit()
+
+    def _api_key(self) -> str | None:
+        return engine_key(self.config, KEY_VARIABLE)

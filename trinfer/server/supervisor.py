@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 PORT_CHANGES = 10  # new ports taken in one start before the start counts as failed
 LAST_WORDS = 0.04  # seconds that the output of a dead engine may still take to arrive
 SHOWN_TAIL = 50  # lines
+READ_TAIL = 200  # lines that are searched for a cause
+KEY_REFUSED = frozenset({401, 403})
+NO_SUCH_ROUTE = frozenset({404, 405})
 
 
 class Supervised(Protocol):
@@ -247,6 +250,14 @@ class Supervisor:
         if server.is_local and not link.is_open():
             return False
         status, body = await link.models()
+        if status in KEY_REFUSED and await self._is_certainly_ours(attempt):
+            raise ServerError(
+                f"{server.name}: the server answers, but refuses the API key (status {status})",
+                cause="no key was sent, or a wrong one",
+                advice="set api_key in the config, or TRINFER_API_KEY or OPENAI_API_KEY for an endpoint",
+            )
+        if status in NO_SUCH_ROUTE and not server.is_local:
+            return True  # not every endpoint lists its models; a wrong URL shows with the first request
         if status != 200:
             return False
         self.found_model = next(iter(served_models(body)), "")
@@ -259,6 +270,12 @@ class Supervisor:
         if ours is False:
             raise PortTaken(f"{server.name}: another program answers on port {attempt.port}")
         return bool(ours)
+
+    async def _is_certainly_ours(self, attempt: Attempt) -> bool:
+        if not self._server.is_local or attempt.port is None:
+            return True
+        owned = await trio.to_thread.run_sync(partial(attempt.owns_port, own_pid=os.getpid()))
+        return owned is True
 
     def _hear(self, attempt: Attempt, text: str) -> None:
         """Listen to the engine's output while it starts."""
@@ -274,7 +291,9 @@ class Supervisor:
         """The failure with all that is known: diagnosis, the engine's last words, the attempts before."""
         server = self._server
         tail = failure.log_tail or server.log.tail(SHOWN_TAIL)
-        diagnosis = None if failure.cause else diagnose(tail, server.engine_name)
+        # Engines of several processes repeat a failure in each, with a traceback: its cause may stand far up.
+        lines = failure.log_tail or server.log.tail(READ_TAIL)
+        diagnosis = None if failure.cause else diagnose(lines, server.engine_name, returncode=failure.returncode)
         explained = ServerError(
             failure.message,
             cause=diagnosis.cause if diagnosis else failure.cause,
