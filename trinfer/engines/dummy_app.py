@@ -164,7 +164,7 @@ class DummyApp:
                     f"{asked} tokens ({len(prompt.split())} in the messages, {limit} in the completion). Please reduce "
                     "the length of the messages or completion.",
                 )
-        copies = payload.get("n") or 1
+        copies = 1 if payload.get("n") is None else payload["n"]
         if not isinstance(copies, int) or isinstance(copies, bool) or not 1 <= copies <= 128:
             raise _Refusal(400, "n must be an integer from 1 to 128")
         self._maybe_fail(prompts)
