@@ -240,7 +240,7 @@ class TestCustom:
         assert custom_command(config("custom", executable="/x/serve"), TCP) == ["/x/serve", "--port", "8123"]
 
     def test_a_template(self):
-        template = "engine -m {model} 'two words' --listen {host}:{port} --json {} {\"a\":{\"b\":1}}"
+        template = 'engine -m {model} \'two words\' --listen {host}:{port} --json {} {"a":{"b":1}}'
         assert custom_command(self.custom(server_command=template), TCP) == [
             *("engine", "-m", "org/model", "two words", "--listen", "127.0.0.1:8123", "--json", "{}", "{a:{b:1}}"),
         ]

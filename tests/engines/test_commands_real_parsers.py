@@ -176,7 +176,9 @@ def test_sglangs_launcher_reaches_sglangs_own_parser():
 
 
 def test_transformers():
-    everything = config("transformers", trust_remote_code=True, model_kwargs={"continuous_batching": True, "dtype": "x"})
+    everything = config(
+        "transformers", trust_remote_code=True, model_kwargs={"continuous_batching": True, "dtype": "x"}
+    )
     wrong = config("transformers", model_kwargs={"no_such_option": 1})
     lines = [transformers_command(settings, TCP, "/models/x") for settings in (config("transformers"), everything)]
     lines.append(transformers_command(wrong, TCP, "/models/x"))
