@@ -4,6 +4,8 @@ Rule: an error is written for the person who reads it at three in the morning. I
 cause, what to do, and shows the engine's last log lines. Errors of lower layers are mapped at one border each
 (`trinfer.http.api` for requests, `trinfer.server` for engines) and kept as ``__cause__``.
 
+::
+
     TrinferError
     ├── ConfigError                a value that the user chose is not possible (also a ValueError)
     ├── ServerError                the engine did not start, died, or was stopped

@@ -373,7 +373,7 @@ async def test_requests_cancelled_at_random_never_lose_a_slot_or_an_answer(seed)
         client.close()
 
 
-# -- the control client -------------------------------------------------------------------------------------------------
+# -- the control client ---------------------------------------------------------------------------------------------
 
 
 async def test_the_control_client_maps_every_error(tmp_path):

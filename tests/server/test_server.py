@@ -423,7 +423,7 @@ async def test_gpus_and_environment_reach_the_engine():
     code = "import os; print('SEEN', os.environ['CUDA_VISIBLE_DEVICES'], os.environ['MINE'], flush=True)"
     config = InferenceConfig(
         "custom",
-        model_kwargs={"server_command": [sys.executable, "-c", code]},
+        model_kwargs={"server_command": [sys.executable, "-c", code, "{port}"]},
         gpus=(3, "GPU-abc"),
         env={"MINE": "yes"},
         server_start_max_retries=0,
@@ -436,7 +436,7 @@ async def test_gpus_and_environment_reach_the_engine():
 
 async def test_a_worker_node_runs_until_its_engine_has_ended_and_yields_none(monkeypatch):
     monkeypatch.setenv("DATATROVE_NODE_RANK", "1")
-    config = InferenceConfig("custom", model_kwargs={"server_command": ["sleep", "0.3"]})
+    config = InferenceConfig("custom", model_kwargs={"server_command": ["sh", "-c", "sleep 0.3", "{port}"]})
     began = trio.current_time()
     async with CustomServer(config) as server:
         assert server is None
@@ -445,7 +445,9 @@ async def test_a_worker_node_runs_until_its_engine_has_ended_and_yields_none(mon
 
 async def test_a_worker_node_whose_engine_fails_says_so(monkeypatch):
     monkeypatch.setenv("DATATROVE_NODE_RANK", "1")
-    config = InferenceConfig("custom", model_kwargs={"server_command": ["sh", "-c", "echo lost peer; exit 3"]})
+    config = InferenceConfig(
+        "custom", model_kwargs={"server_command": ["sh", "-c", "echo lost peer; exit 3", "{port}"]}
+    )
     with pytest.raises(ServerError, match="exit code 3") as caught:
         async with CustomServer(config):
             pytest.fail("the body must not run")
@@ -455,7 +457,7 @@ async def test_a_worker_node_whose_engine_fails_says_so(monkeypatch):
 async def test_a_worker_node_that_is_cancelled_cleans_up(monkeypatch):
     monkeypatch.setenv("DATATROVE_NODE_RANK", "1")
     with trio.move_on_after(0.5) as scope:
-        async with CustomServer(fake_config("--never-ready", "--port", "1", *TREE, address=())):
+        async with CustomServer(fake_config("--never-ready", *TREE, address=("--port", "1{port}"))):
             pytest.fail("the body must not run")
     assert scope.cancelled_caught
     assert processes_of_this_run() == []
