@@ -1,4 +1,4 @@
-"""What the engines' servers do besides building a command line: nodes, leased ports, GPUs, keys. With stand-in programs."""
+"""What the engines' servers do besides building a command line: nodes, leased ports, GPUs, keys; with stand-ins."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import trio
 
 import trinfer
 from trinfer import InferenceConfig, SGLangServer, VLLMServer, create_server
+from trinfer.engines import sglang
 from trinfer.engines.address import own_address
 from trinfer.engines.keys import engine_key
+from trinfer.process.addresses import lease_port
 
 # Prints what it was given, and stays or ends well.
 STAND_IN = """#!{python}
@@ -94,23 +96,23 @@ async def test_two_sglang_engines_on_one_machine_get_ports_of_their_own(stand_in
     assert {environ["CUDA_VISIBLE_DEVICES"] for _, environ in reports} == {"2,GPU-77"}
 
 
-async def test_sglangs_second_port_is_free_again_afterwards(stand_in, monkeypatch):
-    leases = []
-    from trinfer.engines import sglang
+async def test_sglangs_second_port_is_given_back(stand_in, monkeypatch):
+    released = []
 
-    real_lease = sglang.lease_port
+    class Remembering:
+        def __init__(self, **kwargs):
+            self._lease = lease_port(**kwargs)
+            self.port = self._lease.port
 
-    def remembering(**kwargs):
-        leases.append(real_lease(**kwargs))
-        return leases[-1]
+        def release(self):
+            released.append(self.port)
+            self._lease.release()
 
-    monkeypatch.setattr(sglang, "lease_port", remembering)
+    monkeypatch.setattr(sglang, "lease_port", Remembering)
     async with SGLangServer(InferenceConfig("sglang", "m", executable=stand_in(60), shutdown_grace_sec=1)) as server:
-        await until_given(server)
-    (lease,) = leases
-    again = real_lease(host="127.0.0.1", avoid=set(range(lease.port)) | set(range(lease.port + 1, 65536)))
-    assert again.port == lease.port  # nobody holds it
-    again.release()
+        words, _ = await until_given(server)
+        assert not released
+    assert released == [int(words[words.index("--nccl-port") + 1])]
 
 
 def test_client_and_engine_agree_on_the_key(monkeypatch):
@@ -145,9 +147,7 @@ async def test_own_address_is_one_of_this_machine():
 
 async def test_a_script_is_started_as_the_reference_does(tmp_path):
     script = tmp_path / "serve.py"
-    script.write_text(
-        "import json, os, sys\nprint('GIVEN ' + json.dumps([sys.argv, dict(os.environ)]))\nsys.stdin.read()\nimport time\ntime.sleep(60)\n"
-    )
+    script.write_text(STAND_IN.format(python="", stay=60).replace("flush=True", ""))
     config = InferenceConfig("custom", model_kwargs={"server_script": str(script), "max_len": 3}, shutdown_grace_sec=1)
     async with create_server(config) as server:
         # Without a flush of its own: its output is not kept back.
