@@ -1,7 +1,7 @@
 """Runs in an engine's own environment: feeds command lines to the engine's own argument parser, starts nothing.
 
-Reads ``{"engine": NAME, "lines": [[word, …], …]}`` from stdin, writes one JSON list to stdout: the parsed values that are
-not defaults, or the parser's error as a text.
+Reads ``{"engine": NAME, "lines": [[word, …], …]}`` from stdin, and writes one JSON list to stdout: for each line the
+parsed values as texts, or the parser's error.
 """
 
 from __future__ import annotations

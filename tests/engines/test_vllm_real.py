@@ -1,0 +1,85 @@
+"""A real vLLM (a CPU build, see `install_engines.sh`) on a tiny model: four processes, a unix socket, a key, an end."""
+
+from __future__ import annotations
+
+import os
+
+import httpx
+import pytest
+import trio
+
+from tests.engines import real
+from trinfer import InferenceConfig, InferenceResult, ServerError, ServerState, VLLMServer
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+KEY = "sk-vllm-secret"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return real.make_hugging_face_model("vllm", tmp_path_factory.mktemp("hf") / "tiny")
+
+
+@pytest.fixture
+def config(model):
+    return {
+        "model_name_or_path": str(model),
+        "model_max_context": 512,
+        "served_model_name": "tiny",
+        "executable": str(real.python_of("vllm").with_name("vllm")),
+        "env": {**real.environ(), "VLLM_CPU_KVCACHE_SPACE": "1"},
+        "model_kwargs": {"enforce_eager": True, "dtype": "float32", "max_num_seqs": 4},
+        "default_generation_params": {"max_tokens": 8, "temperature": 0},
+        "request_timeout": 120,
+        "server_ready_max_attempts": 240,
+        "server_ready_delay_sec": 1,
+        "server_start_max_retries": 0,
+        "shutdown_grace_sec": 20,
+    }
+
+
+async def test_vllm_serves_on_a_unix_socket_and_leaves_nothing(config):
+    async with VLLMServer(InferenceConfig("vllm", api_key=KEY, **config)) as server:
+        await server.wait_ready()
+        assert server.uds is not None
+        assert server.port is None
+        assert server.get_base_url().startswith("http+unix://")
+        socket = server.uds
+
+        chat = await server.make_request({"messages": [{"role": "user", "content": "Hello?"}]})
+        assert chat["model"] == "tiny"
+        assert 1 <= InferenceResult.from_response(chat).completion_tokens <= 8
+
+        # Cancelled requests leave the engine in order: it aborts them, and serves the next.
+        with trio.move_on_after(0.5) as scope:
+            await server.make_request({"messages": [{"role": "user", "content": "?"}], "max_tokens": 480})
+        again = await server.make_request({"messages": [{"role": "user", "content": "Hello?"}]})
+        assert InferenceResult.from_response(again).completion_tokens >= 1
+        assert scope.cancel_called
+
+        async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=socket)) as stranger:
+            refused = await stranger.get("http://localhost/v1/models")
+            assert refused.status_code == 401
+
+        tree = [pid for guarded in server._supervisor.attempt.processes for pid in guarded.tree()]
+        assert len(tree) >= 3  # API server, engine core, worker
+        for pid in tree:
+            with open(f"/proc/{pid}/cmdline") as line:
+                assert KEY not in line.read()
+        began = trio.current_time()
+    print(f"vLLM's end took {trio.current_time() - began:.1f} s")
+    assert trio.current_time() - began < 25
+    assert server.state is ServerState.STOPPED
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in tree)
+    assert not os.path.exists(socket)
+
+
+async def test_a_start_that_fails_is_explained(config):
+    config["model_max_context"] = 99_999
+    async with VLLMServer(InferenceConfig("vllm", transport="tcp", **config)) as server:
+        with pytest.raises(ServerError) as caught:
+            await server.wait_ready()
+    assert caught.value.returncode == 1
+    assert "longer than the model allows" in str(caught.value.cause)
+    assert caught.value.advice == "lower model_max_context to 2048"
