@@ -126,7 +126,7 @@ class ApiClient:
         began = trio.current_time()
         attempts = 0
         failure: RequestError | None = None
-        with trio.move_on_at(began + timeout):
+        with trio.CancelScope(deadline=began + timeout):
             while True:
                 attempts += 1
                 try:
@@ -142,7 +142,7 @@ class ApiClient:
                     pause = self._retry.pause(attempts, answer.status, answer.headers.get("retry-after"))
                 if pause is None or trio.current_time() + pause >= began + timeout:
                     raise self._complete(failure, payload, attempts, began)
-                await trio.sleep(pause)
+                await self._pool.sleep(pause)
         late = timed_out(self._where(path), "request_timeout", timeout)
         late.__cause__ = failure
         raise self._complete(late, payload, attempts, began)
@@ -191,7 +191,7 @@ class ApiClient:
         return value
 
     def close(self) -> None:
-        """Close every idle connection; later requests raise `ConnectionLost`. Idempotent, and does not wait."""
+        """Close every connection: requests under way, and later ones, raise `ConnectionLost`. Idempotent."""
         self._pool.close()
 
 
@@ -313,7 +313,7 @@ class JsonStream:
             pause = None if final else client._retry.pause(self._attempts, status, retry_after)
             if pause is None or trio.current_time() + pause >= self._deadline:
                 raise self._fail(failure)
-            await trio.sleep(pause)
+            await client._pool.sleep(pause)
 
     def _check_kind(self, exchange: Exchange) -> None:
         kind = exchange.headers.get("content-type", "text/event-stream")

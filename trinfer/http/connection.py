@@ -8,11 +8,11 @@ answer can never reach another request.
 from __future__ import annotations
 
 import enum
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import httptools
-import trio
 
 if TYPE_CHECKING:
     from trinfer.http.transport import Transport
@@ -216,7 +216,10 @@ class Connection:
         return self._state is _State.IDLE
 
     def close(self) -> None:
-        """Close at once, without a checkpoint, so that no cancellation can get in the way. Idempotent."""
+        """Close at once, without a checkpoint, so that no cancellation can get in the way. Idempotent.
+
+        A task that waits for an answer gets `BrokenConnection`.
+        """
         if self._state is not _State.CLOSED:
             self._state = _State.CLOSED
             self._transport.close()
@@ -292,9 +295,9 @@ class Connection:
             raise BrokenConnection(f"it was closed {when}", untouched=not self._touched)
 
     def _finish(self, reader: _Reader) -> None:
-        if reader.keep_alive:
+        if reader.keep_alive and self._state is _State.BUSY:
             self._state = _State.IDLE
-            self.idle_since = trio.current_time()
+            self.idle_since = time.monotonic()
 
 
 def _detail(error: OSError) -> str:

@@ -1,12 +1,13 @@
 """The connections of one origin: kept alive, reused last in first out, and never more than allowed.
 
 Rule: a slot belongs to a request only inside `Pool.exchange`, or between `Pool.begin` and `Exchange.close`, and is
-given back on every way out. There is no queue of requests that a cancelled one could stay in; waiting is trio's own
-semaphore, first come, first served.
+given back on every way out. Who waits for one is parked in trio's own lot, which a cancelled task leaves by itself;
+first come, first served.
 """
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import trio
@@ -50,17 +51,19 @@ class Pool:
         self._origin = origin
         self._tls = tls
         self._proxy = proxy
-        self._slots = trio.Semaphore(max_connections)
+        self._free = max_connections
+        self._waiting = trio.lowlevel.ParkingLot()
         self._max_connections = max_connections
         self._idle_timeout = idle_timeout
         self._connect_timeout = connect_timeout
         self._idle: list[Connection] = []
-        self._closed = False
+        self._busy: set[Connection] = set()
+        self._closed = trio.Event()
 
     @property
     def in_use(self) -> int:
         """Slots taken right now."""
-        return self._max_connections - self._slots.value
+        return self._max_connections - self._free
 
     @property
     def idle(self) -> int:
@@ -78,91 +81,103 @@ class Pool:
 
         Cancelled: the request's connection is closed, its slot is free.
         """
-        await self._take_slot()
+        if self._free:
+            self._free -= 1
+        else:
+            await self._wait_for_slot()
+        connection: Connection | None = None
         try:
             connection = self._take_idle()
             if connection is not None:
                 try:
-                    answer = await connection.exchange(request)
+                    return await connection.exchange(request)
                 except BrokenConnection as error:
-                    if not error.untouched:
+                    if not error.untouched or self._closed.is_set():
                         raise
-                else:
-                    self._keep(connection)
-                    return answer
+                    self._busy.discard(connection)
             connection = await self._connect()
-            answer = await connection.exchange(request)
-            self._keep(connection)
-            return answer
+            return await connection.exchange(request)
         finally:
-            self._slots.release()
+            self._give_back(connection)
 
     async def begin(self, request: bytes) -> Exchange:
         """Send one request, and return its answer as it comes; `Exchange.close` must be called. Raises as `exchange`.
 
         Cancelled: as `exchange`.
         """
-        await self._take_slot()
+        if self._free:
+            self._free -= 1
+        else:
+            await self._wait_for_slot()
+        connection: Connection | None = None
         try:
             connection = self._take_idle()
             if connection is not None:
                 try:
                     return Exchange(self, connection, await connection.begin(request))
                 except BrokenConnection as error:
-                    if not error.untouched:
+                    if not error.untouched or self._closed.is_set():
                         raise
+                    self._busy.discard(connection)
             connection = await self._connect()
             return Exchange(self, connection, await connection.begin(request))
         except BaseException:
-            self._slots.release()
+            self._give_back(connection)
             raise
 
-    async def _take_slot(self) -> None:
-        try:
-            self._slots.acquire_nowait()
-        except trio.WouldBlock:
-            await self._slots.acquire()
+    async def sleep(self, seconds: float) -> None:
+        """A pause between two attempts, which ends early when the pool is closed."""
+        with trio.move_on_after(seconds):
+            await self._closed.wait()
+
+    async def _wait_for_slot(self) -> None:
+        # Whoever gives a slot back while others wait hands it over, so that nobody can come in between.
+        await self._waiting.park()
+
+    def _give_back(self, connection: Connection | None) -> None:
+        """The end of a request: its connection is kept if it is idle, and its slot goes to the next in line."""
+        if connection is not None:
+            self._busy.discard(connection)
+            if connection.is_idle and not self._closed.is_set():
+                self._idle.append(connection)
+            else:
+                connection.close()
+        if self._waiting:
+            self._waiting.unpark()
+        else:
+            self._free += 1
 
     async def _connect(self) -> Connection:
-        if self._closed:
+        if self._closed.is_set():
             raise PoolClosed
         with trio.move_on_after(self._connect_timeout):
-            return Connection(await connect(self._origin, self._tls, self._proxy))
+            connection = Connection(await connect(self._origin, self._tls, self._proxy))
+            self._busy.add(connection)
+            return connection
         raise TimeoutError(f"no connection within {self._connect_timeout:g} s")
 
     def _take_idle(self) -> Connection | None:
         idle = self._idle
         if not idle:
             return None
-        oldest = trio.current_time() - self._idle_timeout
+        oldest = time.monotonic() - self._idle_timeout
         while idle and idle[0].idle_since < oldest:
             idle.pop(0).close()
         while idle:
             connection = idle.pop()
             if connection.is_reusable:
+                self._busy.add(connection)
                 return connection
             connection.close()
         return None
 
-    def _keep(self, connection: Connection) -> None:
-        if self._closed:
-            connection.close()
-        elif connection.is_idle:
-            self._idle.append(connection)
-
-    def _give_back(self, connection: Connection) -> None:
-        """The end of an `Exchange`."""
-        if connection.is_idle:
-            self._keep(connection)
-        else:
-            connection.close()
-        self._slots.release()
-
     def close(self) -> None:
-        """Close every idle connection, and those in use once they are done. Idempotent."""
-        self._closed = True
+        """Close every connection: requests under way raise `BrokenConnection`, later ones `PoolClosed`. Idempotent."""
+        self._closed.set()
         while self._idle:
             self._idle.pop().close()
+        for connection in tuple(self._busy):
+            connection.close()
 
 
 class Exchange:

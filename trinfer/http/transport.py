@@ -21,10 +21,13 @@ from urllib.request import getproxies, proxy_bypass
 import trio
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from trinfer.http.origin import Origin
 
 __all__ = ["Proxy", "TlsOptions", "Transport", "connect", "find_proxy"]
 
+CLOSED = "it was closed on our side"
 MAX_PROXY_ANSWER = 64 * 1024
 
 
@@ -159,23 +162,34 @@ class PlainTransport:
             try:
                 sent += self._socket.send(view[sent:])
             except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._fd)
+                await self._wait(trio.lowlevel.wait_writable)
             if sent == len(data):
                 return
 
     async def receive(self, limit: int) -> bytes:
         while True:
-            await trio.lowlevel.wait_readable(self._fd)
+            try:
+                await trio.lowlevel.wait_readable(self._fd)
+            except trio.ClosedResourceError:
+                raise ConnectionAbortedError(CLOSED) from None
             try:
                 return self._socket.recv(limit)
             except BlockingIOError:
                 continue
 
+    async def _wait(self, wait: Callable[[int], Awaitable[None]]) -> None:
+        try:
+            await wait(self._fd)
+        except trio.ClosedResourceError:
+            raise ConnectionAbortedError(CLOSED) from None
+
     def has_news(self) -> bool:
         return bool(self._poll.poll(0))
 
     def close(self) -> None:
-        self._socket.close()
+        if self._socket.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._fd)
+            self._socket.close()
 
 
 class TlsTransport:

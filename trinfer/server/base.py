@@ -25,7 +25,7 @@ from trinfer.process.output import EngineLog
 from trinfer.results import InferenceResult
 from trinfer.server.generation import StructuredModel, generation_payload, structured
 from trinfer.server.in_flight import InFlight, ServerStream
-from trinfer.server.lifecycle import Lifecycle, ServerState
+from trinfer.server.lifecycle import Lifecycle, ServerState, Transition
 from trinfer.server.link import Link, local_origin
 from trinfer.server.node import SINGLE, Node, find_node
 from trinfer.server.supervisor import Supervisor
@@ -92,6 +92,7 @@ class InferenceServer(abc.ABC):
         self.node: Node = SINGLE
         self.log = EngineLog(None, max_bytes=config.server_log_max_bytes)
         self._lifecycle = Lifecycle(self.name)
+        self._lifecycle.observers.append(self._on_transition)
         self._in_flight = InFlight(self._lifecycle, self.is_local)
         self._supervisor = Supervisor(self, self._lifecycle)
         self._nursery_manager: Any = None
@@ -239,7 +240,10 @@ class InferenceServer(abc.ABC):
         Cancelled: the request's connection is closed, so that the engine stops generating.
         """
         await self._until_ready()
-        return await self._in_flight.answered(partial(self._make_request, self._complete(payload)), payload)
+        send = partial(self._make_request, self._complete(payload))
+        if type(self)._make_request is InferenceServer._make_request:
+            return await self._in_flight.answered_by_link(send, payload)
+        return await self._in_flight.answered(send, payload)
 
     async def request(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
         """POST to another route of the engine: embeddings, rerank, score, responses, tokenize, …
@@ -254,7 +258,7 @@ class InferenceServer(abc.ABC):
         api = self._link().api
         complete = {"model": self.model, **payload} if self.model else dict(payload)
         send = partial(api.post_json, path, complete, timeout=self.config.request_timeout)
-        return await self._in_flight.answered(send, payload)
+        return await self._in_flight.answered_by_link(send, payload)
 
     def stream_request(self, payload: Mapping[str, Any]) -> ServerStream:
         """Send one request, and iterate over its chunks as they come.
@@ -340,6 +344,8 @@ class InferenceServer(abc.ABC):
         Leaving the block calls it. A subclass that holds more than `spawn` and `start_task` know of may extend it; it
         runs shielded there, for the grace period and some seconds at most.
         """
+        self._lifecycle.leave()
+        self._cut_requests()
         self._run_scope.cancel()
         if self._nursery is not None:
             await self._ended.wait()
@@ -439,6 +445,16 @@ class InferenceServer(abc.ABC):
                 nursery.cancel_scope.cancel()
         finally:
             self._ended.set()
+
+    def _on_transition(self, transition: Transition) -> None:
+        if transition.after is ServerState.FAILED:
+            self._cut_requests()
+
+    def _cut_requests(self) -> None:
+        """Requests in flight get nothing from a server that is down; `make_request` tells them why."""
+        if self._supervisor.link is not None:
+            self._supervisor.link.api.close()
+        self._in_flight.interrupt()
 
     def has_own_readiness(self) -> bool:
         """Whether a subclass decides itself what ready means."""

@@ -74,6 +74,7 @@ class Lifecycle:
         self._attempt = _Attempt(0)
         self._failure: ServerError | None = None
         self._down = trio.Event()
+        self._leaving = False
         self.observers: list[Callable[[Transition], None]] = []
 
     @property
@@ -87,7 +88,7 @@ class Lifecycle:
 
     @property
     def down(self) -> trio.Event:
-        """Set once this life is over: failed or stopped."""
+        """Set once no more answers are to be expected: failed, stopped, or about to be stopped."""
         return self._down
 
     # -- transitions ------------------------------------------------------------------------------------------
@@ -96,6 +97,7 @@ class Lifecycle:
         """A new life begins, with its first attempt."""
         self._move(ServerState.STARTING, "entered")
         self._failure = None
+        self._leaving = False
         self._down = trio.Event()
         self._attempt = _Attempt(1)
 
@@ -113,6 +115,12 @@ class Lifecycle:
         """Store why, and wake every waiter."""
         self._failure = failure
         self._move(ServerState.FAILED, failure.message)
+        self._attempt.settled.set()
+        self._down.set()
+
+    def leave(self) -> None:
+        """The server is about to be stopped, which may take a while: nobody shall wait for it any more. Idempotent."""
+        self._leaving = True
         self._attempt.settled.set()
         self._down.set()
 
@@ -142,16 +150,16 @@ class Lifecycle:
 
         Cancelled: nothing is left behind.
         """
-        while self._state is ServerState.STARTING:
+        while self._state is ServerState.STARTING and not self._leaving:
             await self._attempt.settled.wait()
-        if self._state is not ServerState.READY:
+        if self._state is not ServerState.READY or self._leaving:
             raise self.down_error()
 
     def down_error(self) -> ServerError:
         """A fresh error that says why the server is down."""
         if self._failure is not None:
             return self._failure.fresh()
-        if self._state is ServerState.STARTING:
+        if self._state is ServerState.STARTING and not self._leaving:
             return ServerError(
                 f"{self._name} is still starting", advice="await server.wait_ready() first", server=self._name
             )
