@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 
 import httpx
 import pytest
 import trio
 
 from tests.engines import real
-from trinfer import InferenceConfig, InferenceResult, ServerError, ServerState, VLLMServer
+from trinfer import InferenceConfig, InferenceError, InferenceResult, ServerError, ServerState, VLLMServer
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -62,7 +64,7 @@ async def test_vllm_serves_on_a_unix_socket_and_leaves_nothing(config):
             refused = await stranger.get("http://localhost/v1/models")
             assert refused.status_code == 401
 
-        tree = [pid for guarded in server._supervisor.attempt.processes for pid in guarded.tree()]
+        tree = tree_of(server)
         assert len(tree) >= 3  # API server, engine core, worker
         for pid in tree:
             with open(f"/proc/{pid}/cmdline") as line:
@@ -83,3 +85,41 @@ async def test_a_start_that_fails_is_explained(config):
     assert caught.value.returncode == 1
     assert "longer than the model allows" in str(caught.value.cause)
     assert caught.value.advice == "lower model_max_context to 2048"
+
+
+async def test_leaving_while_it_loads_leaves_nothing(config):
+    """vLLM ignores SIGTERM while its engine core starts, and its processes outlive it: the guard has to end them."""
+    config["shutdown_grace_sec"] = 2
+    async with VLLMServer(InferenceConfig("vllm", **config)) as server:
+        with trio.fail_after(120):
+            while len(tree := tree_of(server)) < 2:  # the engine core has been started
+                await trio.sleep(0.05)
+        began = trio.current_time()
+    assert trio.current_time() - began < 2 + 3
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in tree)
+
+
+async def test_the_death_of_its_engine_core_is_noticed(config):
+    async with VLLMServer(InferenceConfig("vllm", **config)) as server:
+        await server.wait_ready()
+        (core,) = [pid for pid in tree_of(server) if "EngineCore" in title_of(pid)]
+        os.kill(core, signal.SIGKILL)
+        with pytest.raises(ServerError, match="the engine ended while serving"), trio.fail_after(60):
+            while True:  # the requests until then fail one by one
+                with contextlib.suppress(InferenceError):
+                    await server.make_request({"messages": [{"role": "user", "content": "Hello?"}]})
+                await trio.sleep(0.1)
+    assert server.state is ServerState.STOPPED
+
+
+def tree_of(server):
+    attempt = server._supervisor.attempt
+    return [pid for guarded in attempt.processes for pid in guarded.tree()] if attempt else []
+
+
+def title_of(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline") as line:
+            return line.read()
+    except OSError:
+        return ""
