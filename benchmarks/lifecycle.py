@@ -84,6 +84,13 @@ class Figures:
         self.rows.append(row)
         print("{figure:<58} {median:>9} {min:>9} {max:>9} {unit:<6} {n:>3}  {bound}".format(**row), flush=True)
 
+    def markdown(self, machine: str) -> str:
+        """The table as a page of the documentation."""
+        lines = ["# The life of an engine", "", "Printed by `python -m benchmarks.lifecycle`, on:", machine + ".", ""]
+        lines += ["| figure | median | min | max | unit | n | bound |", "|---|---|---|---|---|---|---|"]
+        lines += ["| {figure} | {median} | {min} | {max} | {unit} | {n} | {bound} |".format(**row) for row in self.rows]
+        return "\n".join(lines) + "\n"
+
 
 def fake(*options: str, port: int = 1) -> list[str]:
     return [sys.executable, "-S", "-E", fake_engine.__file__, "--port", str(port), *options]
@@ -241,6 +248,7 @@ async def flood(figures: Figures) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lifecycle", description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
+    parser.add_argument("--markdown", metavar="FILE", help="write a page of the documentation here")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of each figure (default: %(default)s)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -254,6 +262,8 @@ def main() -> None:
     trio.run(time_to_gone, figures, arguments.rounds)
     owner_killed(figures, arguments.rounds)
     trio.run(flood, figures)
+    if arguments.markdown:
+        Path(arguments.markdown).write_text(figures.markdown(machine))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"machine": machine, "figures": figures.rows}, indent=1) + "\n")
 

@@ -47,6 +47,7 @@ class EngineLog:
         self._max_line = max_line
         self._partial = b""  # the line that has not ended yet, cut at max_line
         self._cut = 0  # bytes of that line that were dropped
+        self._returned = False  # it has gone back to its beginning (carriage return): what comes next replaces it
         self._listeners: list[_Listener] = []
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
@@ -72,46 +73,51 @@ class EngineLog:
                 self._news.set()
         # From the right, and no more lines than the ring can hold: a flood costs one search per kept line.
         lines = chunk.rsplit(b"\n", self._ring_lines)
-        if len(lines) == 1:
-            self._grow(chunk)
-        else:
+        if len(lines) > 1:
             self._grow(lines[0])
             self._end_line()
             for line in lines[1:-1]:
-                self._ring.append(self._shorten(line, 0))
-            self._partial, self._cut = lines[-1][: self._max_line], max(0, len(lines[-1]) - self._max_line)
+                self._ring.append(self._shorten(line))
+        self._grow(lines[-1])
         for listener in tuple(self._listeners):
             listener.hear(chunk)
 
     def _grow(self, piece: bytes) -> None:
+        """More of the line that has not ended yet. Of a progress bar, only the last state counts."""
         # What stands before the last newline of the first piece belongs to lines that the ring would drop anyway.
         before, newline, piece = piece.rpartition(b"\n")
         if newline:
-            self._partial, self._cut = before.rpartition(b"\n")[2], 0
-            self._end_line()
-        bar = piece.rfind(b"\r", 0, -1)
-        if bar >= 0:  # a progress bar: only its last state counts
-            self._partial, self._cut, piece = b"", 0, piece[bar + 1 :]
-        elif self._partial.endswith(b"\r") and piece:
-            self._partial, self._cut = b"", 0
-        room = self._max_line - len(self._partial)
-        self._partial += piece[:room]
-        self._cut += max(0, len(piece) - room)
+            self._ring.append(self._shorten(before.rpartition(b"\n")[2]))
+            self._partial, self._cut, self._returned = b"", 0, False
+        text = piece.rstrip(b"\r")
+        if text:
+            text, restarted = text[text.rfind(b"\r") + 1 :], b"\r" in text
+            if restarted or self._returned:
+                self._partial, self._cut = b"", 0
+            room = self._max_line - len(self._partial)
+            self._partial += text[:room]
+            self._cut += max(0, len(text) - room)
+            self._returned = piece.endswith(b"\r")
+        elif piece:
+            self._returned = True
 
     def _end_line(self) -> None:
-        self._ring.append(self._shorten(self._partial, self._cut))
-        self._partial, self._cut = b"", 0
+        self._ring.append(self._mark_cut(self._partial, self._cut))
+        self._partial, self._cut, self._returned = b"", 0, False
 
-    def _shorten(self, line: bytes, cut: int) -> bytes:
+    def _shorten(self, line: bytes) -> bytes:
         if b"\r" in line:
             line = line.rstrip(b"\r").rpartition(b"\r")[2]
-        cut += max(0, len(line) - self._max_line)
-        return line[: self._max_line] + (b" ... [%d more bytes]" % cut if cut else b"")
+        return self._mark_cut(line[: self._max_line], len(line) - self._max_line)
+
+    @staticmethod
+    def _mark_cut(line: bytes, cut: int) -> bytes:
+        return line + b" ... [%d more bytes]" % cut if cut > 0 else line
 
     def begin(self, title: str) -> None:
         """A new process writes from now on: the ring forgets the one before, and the file says ``title``."""
         self._ring.clear()
-        self._partial, self._cut = b"", 0
+        self._partial, self._cut, self._returned = b"", 0, False
         if self.path is not None and not self._closed:
             line = f"[trinfer: {title}]\n".encode()
             self._waiting.append(line)
@@ -124,7 +130,7 @@ class EngineLog:
         """The last lines, oldest first, undecodable bytes replaced, an unfinished line included."""
         kept = list(self._ring)
         if self._partial:
-            kept.append(self._shorten(self._partial, self._cut))
+            kept.append(self._mark_cut(self._partial, self._cut))
         return tuple(line.decode("utf-8", "replace") for line in kept[-lines:] if line.strip())
 
     def listen(self, listener: Callable[[str], None]) -> Callable[[], None]:
