@@ -12,6 +12,8 @@ import trio
 
 from tests.engines import real
 from trinfer import InferenceConfig, InferenceError, InferenceResult, ServerError, ServerState, VLLMServer
+from trinfer.engines.address import own_address
+from trinfer.process.addresses import lease_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -107,6 +109,38 @@ async def test_the_death_of_its_engine_core_is_noticed(config):
         with pytest.raises(ServerError, match="the engine ended while serving"):
             await ask_for_ever(server)
     assert server.state is ServerState.STOPPED
+
+
+async def test_two_nodes_are_one_engine(config, monkeypatch):
+    """Both on this machine: half of the model's tensors on each."""
+    address = await own_address("192.0.2.1") or "127.0.0.1"
+    lease = lease_port(host="127.0.0.1")
+    config.update(tp=2, master_port=lease.port, shutdown_grace_sec=5)
+    config["env"]["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    settings = InferenceConfig("vllm", **config)
+    monkeypatch.setenv("DATATROVE_NODE_IPS", f"{address},{address}")
+    async with trio.open_nursery() as nursery:
+        worker = VLLMServer(settings)
+
+        async def run_worker():
+            async with worker:
+                pass
+
+        monkeypatch.setenv("DATATROVE_NODE_RANK", "1")
+        nursery.start_soon(run_worker)
+        with trio.fail_after(20):
+            while not tree_of(worker):
+                await trio.sleep(0.01)
+        monkeypatch.setenv("DATATROVE_NODE_RANK", "0")
+        async with VLLMServer(settings) as head:
+            answer = await head.make_request({"messages": [{"role": "user", "content": "Hello?"}]})
+            tree = tree_of(head) + tree_of(worker)
+            assert sum("Worker" in title_of(pid) for pid in tree) == 2
+        # vLLM's headless node does not notice that its head has gone.
+        nursery.cancel_scope.cancel()
+    lease.release()
+    assert InferenceResult.from_response(answer).completion_tokens >= 1
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in tree)
 
 
 async def ask_for_ever(server):
