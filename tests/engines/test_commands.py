@@ -154,6 +154,9 @@ class TestLlamaCpp:
         assert after(words, "--ctx-size") == "200"
         assert [word for word in words if word.startswith("--parallel")] == ["--parallel=2"]
 
+    def test_none_is_as_if_it_were_not_there(self):
+        assert self.command(model_kwargs={"parallel": None, "threads": None}) == self.command()
+
     @pytest.mark.parametrize("slots", [0, -1, "4", 1.5, True])
     def test_slots_are_a_number(self, slots):
         with pytest.raises(ConfigError, match="'parallel'"):

@@ -131,15 +131,16 @@ async def test_a_key_from_the_shell_is_known_to_the_client_too(config, monkeypat
         await server.make_request({"messages": [{"role": "user", "content": "Hello?"}]})
 
 
-async def test_a_wrong_path_is_told_at_once(config):
+@pytest.mark.parametrize("name", ["/nowhere/x.gguf", "org/name-GGUF:Q4_K_M"])
+async def test_a_wrong_path_is_told_at_once(config, name):
     began = trio.current_time()
-    async with LlamaCppServer(changed(config, model_name_or_path="/nowhere/x.gguf")) as server:
+    async with LlamaCppServer(changed(config, model_name_or_path=name)) as server:
         with pytest.raises(ServerError) as caught:
             await server.wait_ready()
     assert trio.current_time() - began < 10
     assert caught.value.returncode == 1
     assert "no such model" in str(caught.value.cause)
-    assert "/nowhere/x.gguf" in "\n".join(caught.value.log_tail)
+    assert name in "\n".join(caught.value.log_tail)
 
 
 async def test_a_broken_file_is_told(config, model, tmp_path):

@@ -138,11 +138,9 @@ async def test_there_is_no_own_address_on_the_way_to_oneself_or_to_nowhere(peer)
 
 async def test_own_address_is_one_of_this_machine():
     found = await own_address("192.0.2.1")
-    if found is None:
-        pytest.skip("this machine has no route to the outside")
-    listeners = await trio.open_tcp_listeners(0, host=found)
-    for listener in listeners:
-        await listener.aclose()
+    if found is not None:  # else it has no route to the outside
+        for listener in await trio.open_tcp_listeners(0, host=found):
+            await listener.aclose()
 
 
 async def test_a_script_is_started_as_the_reference_does(tmp_path):

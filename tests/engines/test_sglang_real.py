@@ -10,6 +10,16 @@ from trinfer import InferenceConfig, ServerError, SGLangServer
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
+@pytest.fixture
+def model(tmp_path):
+    return real.make_hugging_face_model("vllm", tmp_path / "tiny")
+
+
+@pytest.fixture
+def python():
+    return str(real.python_of("sglang"))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "said"),
     [
@@ -17,14 +27,13 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
         ({"no_such_option": 1}, "check --no-such-option=1 in model_kwargs"),
     ],
 )
-async def test_a_start_that_fails_is_explained(tmp_path, kwargs, said):
-    model = real.make_hugging_face_model("vllm", tmp_path / "tiny")
+async def test_a_start_that_fails_is_explained(model, python, kwargs, said):
     config = InferenceConfig(
         "sglang",
         str(model),
         model_max_context=512,
         api_key="sk-sglang-secret",
-        executable=str(real.python_of("sglang")),
+        executable=python,
         env={**real.environ(), "CUDA_VISIBLE_DEVICES": ""},
         model_kwargs={"device": "cpu", **kwargs},
         server_ready_max_attempts=120,

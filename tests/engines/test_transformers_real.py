@@ -36,10 +36,23 @@ async def test_transformers_serves_and_leaves_nothing(config, tmp_path):
     assert InferenceResult.from_response(chat).completion_tokens >= 1
 
 
-async def test_a_wrong_model_is_an_error_of_the_start(config):
-    config["model_name_or_path"] = "/nowhere/model"
+def break_nothing(model):
+    """There is no such folder."""
+
+
+def break_weights(model):
+    real.make_hugging_face_model("transformers", model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+
+
+@pytest.mark.parametrize(
+    ("break_it", "cause"), [(break_nothing, "no such model"), (break_weights, "incomplete or corrupt")]
+)
+async def test_a_wrong_model_is_an_error_of_the_start(config, tmp_path, break_it, cause):
+    break_it(tmp_path / "tiny")
     async with TransformersServer(InferenceConfig("transformers", **config)) as server:
         with pytest.raises(ServerError) as caught:
             await server.wait_ready()
     assert caught.value.returncode == 1
-    assert "no such model" in str(caught.value.cause)
+    assert cause in str(caught.value.cause)

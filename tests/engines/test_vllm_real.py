@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 
 import httpx
 import pytest
 import trio
 
 from tests.engines import real
-from trinfer import InferenceConfig, InferenceResult, ServerError, ServerState, VLLMServer
+from trinfer import InferenceConfig, InferenceError, InferenceResult, ServerError, ServerState, VLLMServer
+from trinfer.engines.address import own_address
+from trinfer.process.addresses import lease_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -62,7 +66,7 @@ async def test_vllm_serves_on_a_unix_socket_and_leaves_nothing(config):
             refused = await stranger.get("http://localhost/v1/models")
             assert refused.status_code == 401
 
-        tree = [pid for guarded in server._supervisor.attempt.processes for pid in guarded.tree()]
+        tree = tree_of(server)
         assert len(tree) >= 3  # API server, engine core, worker
         for pid in tree:
             with open(f"/proc/{pid}/cmdline") as line:
@@ -83,3 +87,78 @@ async def test_a_start_that_fails_is_explained(config):
     assert caught.value.returncode == 1
     assert "longer than the model allows" in str(caught.value.cause)
     assert caught.value.advice == "lower model_max_context to 2048"
+
+
+async def test_leaving_while_it_loads_leaves_nothing(config):
+    """vLLM ignores SIGTERM while its engine core starts, and its processes outlive it: the guard has to end them."""
+    config["shutdown_grace_sec"] = 2
+    async with VLLMServer(InferenceConfig("vllm", **config)) as server:
+        with trio.fail_after(120):
+            while len(tree := tree_of(server)) < 2:  # the engine core has been started
+                await trio.sleep(0.05)
+        began = trio.current_time()
+    assert trio.current_time() - began < 2 + 3
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in tree)
+
+
+async def test_the_death_of_its_engine_core_is_noticed(config):
+    async with VLLMServer(InferenceConfig("vllm", **config)) as server:
+        await server.wait_ready()
+        (core,) = [pid for pid in tree_of(server) if "EngineCore" in title_of(pid)]
+        os.kill(core, signal.SIGKILL)
+        with pytest.raises(ServerError, match="the engine ended while serving"):
+            await ask_for_ever(server)
+    assert server.state is ServerState.STOPPED
+
+
+async def test_two_nodes_are_one_engine(config, monkeypatch):
+    """Both on this machine: half of the model's tensors on each."""
+    address = await own_address("192.0.2.1") or "127.0.0.1"
+    lease = lease_port(host="127.0.0.1")
+    config.update(tp=2, master_port=lease.port, shutdown_grace_sec=5)
+    config["env"]["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    settings = InferenceConfig("vllm", **config)
+    monkeypatch.setenv("DATATROVE_NODE_IPS", f"{address},{address}")
+    async with trio.open_nursery() as nursery:
+        worker = VLLMServer(settings)
+
+        async def run_worker():
+            async with worker:
+                pass
+
+        monkeypatch.setenv("DATATROVE_NODE_RANK", "1")
+        nursery.start_soon(run_worker)
+        with trio.fail_after(20):
+            while not tree_of(worker):
+                await trio.sleep(0.01)
+        monkeypatch.setenv("DATATROVE_NODE_RANK", "0")
+        async with VLLMServer(settings) as head:
+            answer = await head.make_request({"messages": [{"role": "user", "content": "Hello?"}]})
+            tree = tree_of(head) + tree_of(worker)
+            assert sum("Worker" in title_of(pid) for pid in tree) == 2
+        # vLLM's headless node does not notice that its head has gone.
+        nursery.cancel_scope.cancel()
+    lease.release()
+    assert InferenceResult.from_response(answer).completion_tokens >= 1
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in tree)
+
+
+async def ask_for_ever(server):
+    with trio.fail_after(60):
+        while True:  # until the engine is known to be down, requests fail one by one
+            with contextlib.suppress(InferenceError):
+                await server.make_request({"messages": [{"role": "user", "content": "Hello?"}]})
+            await trio.sleep(0.1)
+
+
+def tree_of(server):
+    attempt = server._supervisor.attempt
+    return [pid for guarded in attempt.processes for pid in guarded.tree()] if attempt else []
+
+
+def title_of(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline") as line:
+            return line.read()
+    except OSError:
+        return ""

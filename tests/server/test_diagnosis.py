@@ -64,7 +64,12 @@ LINES = [
         "'https://huggingface.co/models'",
     ),
     ("model-not-found", "sglang", "Repository Not Found for url: https://huggingface.co/api/models/nope/nope."),
-    ("model-not-found", "vllm", "RuntimeError: Cannot find any model weights with `/models/empty`"),
+    ("no-weights", "vllm", "RuntimeError: Cannot find any model weights with `/models/empty`"),
+    (
+        "no-weights",
+        "transformers",
+        "OSError: Error no file named model.safetensors, or pytorch_model.bin, found in directory /models/empty.",
+    ),
     ("model-not-found", "llamacpp", "gguf_init_from_file: failed to open GGUF file 'nope.gguf'"),
     ("model-not-found", "llamacpp", "failed to load model, '/nope.gguf': there is no such file"),
     (
@@ -96,6 +101,7 @@ LINES = [
         "(APIServer pid=7)   Value error, Model architectures ['FooForCausalLM'] are not supported for now. Supported "
         "architectures: dict_keys([...])",
     ),
+    ("unsupported-model", "transformers", "AttributeError: module transformers has no attribute FooForCausalLM"),
     ("unsupported-model", "llamacpp", "llama_model_load: error loading model: unknown model architecture: 'foo'"),
     (
         "unsupported-model",
@@ -130,6 +136,13 @@ LINES = [
         "GPU memory utilization (0.9, 3.6 GiB). Decrease GPU memory utilization or reduce GPU memory used by other "
         "processes.",
     ),  # vllm-project/vllm#25837
+    (
+        "free-main-memory",
+        "vllm",
+        "(Worker pid=8) ValueError: Available memory on node 0 (15.2/23.48 GiB) on startup is less than desired CPU "
+        "memory utilization (0.92, 21.6 GiB). On the CPU backend, the `--gpu-memory-utilization` flag controls the "
+        "fraction of CPU memory reserved (despite its name).",
+    ),
     (
         "static-memory",
         "sglang",
@@ -203,6 +216,7 @@ LINES = [
     ),
     ("unknown-option", "vllm", "vllm serve: error: unrecognized arguments: --bogus"),
     ("unknown-option", "llamacpp", "error: invalid argument: --bogus"),
+    ("unknown-option", "transformers", "Error: No such option '--bogus'."),
     ("unknown-option", "transformers", "│ No such option: --bogus                          │"),
     ("unknown-option", "sglang", "launch_server.py: error: argument --tp-size: invalid int value: 'two'"),
     ("missing-dependency", "sglang", "ModuleNotFoundError: No module named 'sgl_kernel'"),
@@ -318,12 +332,14 @@ def test_every_entry_has_a_line():
         ("kv-cache-too-small", "vllm", "34736"),
         ("kv-cache-too-small", "vllm", "7344"),
         ("free-memory", "vllm", "only 3.22 of 4.0 GiB are free"),
+        ("free-main-memory", "vllm", "only 15.2 of 23.48 GiB are free"),
         ("not-enough-gpus", "vllm", "4 are asked for and 2 are there"),
         ("heads-not-divisible", "vllm", "14 attention heads cannot be divided by 4"),
         ("context-too-long", "vllm", "lower model_max_context to 2048"),
         ("context-too-long", "sglang", "lower model_max_context to 2048"),
         ("unknown-option", "vllm", "--bogus"),
         ("unknown-option", "sglang", "--tp-size"),
+        ("unknown-option", "transformers", "check --bogus in model_kwargs"),
         ("missing-dependency", "sglang", "sgl_kernel"),
         ("missing-dependency", "llamacpp", "libcublas.so.12"),
     ],

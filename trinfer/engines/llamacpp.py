@@ -45,6 +45,8 @@ RESERVED = {
     "port": "transport",
     "ctx-size": "model_max_context",
     "c": "model_max_context",
+    "n-ctx": "model_max_context",
+    "n-parallel": "parallel (model_kwargs)",
     "api-key": "api_key",
 }
 
@@ -78,7 +80,8 @@ def llamacpp_command(config: InferenceConfig, address: Address, program: list[st
     Raises:
         ConfigError: ``model_kwargs`` has what trinfer sets itself, or no number of slots.
     """
-    slots = config.model_kwargs.get("parallel", SLOTS)
+    slots = config.model_kwargs.get("parallel")
+    slots = SLOTS if slots is None else slots
     if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
         raise ConfigError(f"InferenceConfig.model_kwargs['parallel'] is {slots!r}: allowed is an integer >= 1")
     name = config.model_name_or_path

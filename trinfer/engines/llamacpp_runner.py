@@ -36,7 +36,9 @@ FIELDS = {
 def parser() -> argparse.ArgumentParser:
     """The options that are not simply fields."""
     made = argparse.ArgumentParser(prog="llamacpp_runner", allow_abbrev=False)
-    made.add_argument("--model", required=True)
+    model = made.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", default="")
+    model.add_argument("--hf-repo", help="a name on the hub: refused, since the package downloads nothing")
     made.add_argument("--alias", required=True)
     made.add_argument("--host", required=True)
     made.add_argument("--port", required=True, type=int)
@@ -75,7 +77,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     known, rest = parser().parse_known_args()
     if not os.path.isfile(known.model):
-        print(f"failed to load model, '{known.model}': there is no such file", file=sys.stderr)
+        hint = ", and only llama-server can download models" if known.hf_repo else ""
+        print(f"failed to load model, '{known.hf_repo or known.model}': there is no such file{hint}", file=sys.stderr)
         return 1
 
     import xllamacpp

@@ -115,7 +115,6 @@ CATALOGUE: tuple[Pattern, ...] = (
         r"failed to open GGUF file",
         r"gguf_init_from_file\w*: failed to open",
         r"failed to load model, '[^']*': there is no such file",
-        r"Cannot find any model weights",
         cause="there is no such model, neither as a path nor on the hub",
         advice="check model_name_or_path for its spelling; a private model needs HF_TOKEN",
         kind="fatal",
@@ -135,6 +134,14 @@ CATALOGUE: tuple[Pattern, ...] = (
         kind="fatal",
     ),
     _entry(
+        "no-weights",
+        r"Cannot find any model weights",
+        r"Error no file named .*(?:safetensors|pytorch_model).* found in directory",
+        cause="the model has no weights in a format that the engine reads",
+        advice="complete the download; the engines read *.safetensors, and llama.cpp *.gguf",
+        kind="fatal",
+    ),
+    _entry(
         "remote-code",
         r"trust_remote_code=True",
         r"pass.*--trust-remote-code",
@@ -150,6 +157,7 @@ CATALOGUE: tuple[Pattern, ...] = (
         r"Transformers does not recognize this architecture",
         r"Unrecognized model (?:in|identifier)",
         r"Unsupported architectures?: ",
+        r"module transformers has no attribute (?P<class>\w+)",
         cause="this version of the engine does not know the model's architecture",
         advice="update the engine, or use another one",
         kind="fatal",
@@ -171,12 +179,22 @@ CATALOGUE: tuple[Pattern, ...] = (
     _entry(
         "free-memory",
         r"Free memory on device.*\((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\).* is less than desired GPU memory",
-        r"is less than desired (?:GPU|CPU) memory utilization",
+        r"is less than desired GPU memory utilization",
         cause="another process holds memory that the engine wants, often an orphan of an earlier run",
         advice="look with `nvidia-smi` who holds it; end that process, or lower gpu_memory_utilization (model_kwargs)",
         advice_with_groups="only {free} of {total} GiB are free: look with `nvidia-smi` who holds the rest; end that "
         "process, or lower gpu_memory_utilization (model_kwargs)",
         kind="resource",
+    ),
+    _entry(
+        "free-main-memory",
+        r"Available memory on node.*\((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\).* is less than desired CPU memory",
+        cause="the engine runs on the CPU, and wants a larger share of the main memory than is free",
+        advice="lower gpu_memory_utilization (model_kwargs), or set VLLM_CPU_KVCACHE_SPACE (GiB) in env",
+        advice_with_groups="only {free} of {total} GiB are free: lower gpu_memory_utilization (model_kwargs), which "
+        "means main memory here, or set VLLM_CPU_KVCACHE_SPACE (GiB) in env",
+        kind="resource",
+        engines=("vllm", "custom"),
     ),
     _entry(
         "static-memory",
@@ -267,7 +285,7 @@ CATALOGUE: tuple[Pattern, ...] = (
         r"error: invalid argument: (?P<invalid>\S+)",
         r"error: argument (?P<bad>-\S+): (?:invalid|expected|ignored)",
         r"error: the following arguments are required: (?P<missing>.+)",
-        r"No such option:? (?P<unknown>\S+)",
+        r"No such option:? '?(?P<unknown>[\w-]+)",
         r"Invalid value for '(?P<value>[^']+)'",
         cause="the engine does not know an option, or not such a value of it",
         advice="check model_kwargs against `--help` of the installed version",
