@@ -241,7 +241,7 @@ GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
         ([b"nonsense\r\n\r\n"], [400]),
         ([b"POST /v1/completions HTTP/1.1\r\nContent-Length: 4\r\n\r\nnope"], [400]),
         ([b"GET /health HTTP/1.1\r\nX: " + b"x" * 200_000], [431]),
-        ([b"POST / HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n" + b"x" * 100], []),
+        ([b"POST / HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n" + b"x" * 100], [413]),
         (
             [
                 b"POST /v1/chat/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n"
