@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import ssl
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
@@ -25,11 +26,14 @@ from trinfer import (
     RequestError,
     RequestTimeout,
 )
-from trinfer.http.api import ApiClient, server_message
+from trinfer.http.api import ApiClient
 from trinfer.http.connection import HttpAnswer, MalformedAnswer, _Reader
 from trinfer.http.control import ControlClient
+from trinfer.http.failures import server_message
 from trinfer.http.origin import Origin
 from trinfer.http.pool import Pool
+from trinfer.http.retry import NO_RETRIES
+from trinfer.http.transport import Proxy, TlsOptions, find_proxy
 
 OK = b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"ok":true}'
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
@@ -59,7 +63,7 @@ def read(*pieces: bytes, end: bool = False) -> HttpAnswer:
         reader.feed(piece)
     complete = reader.end() if end else reader.complete
     assert complete
-    return reader.answer
+    return HttpAnswer(reader.status, reader.headers, reader.take_body())
 
 
 @pytest.mark.parametrize("name", [*ANSWERS, *UNTIL_CLOSE])
@@ -185,7 +189,7 @@ async def test_a_reused_connection_that_ends_before_its_answer_is_replaced():
 async def test_an_answer_that_breaks_off_is_lost(script):
     server = Scripted(script)
     async with serving(server) as origin:
-        client = ApiClient(origin)
+        client = ApiClient(origin, retry=NO_RETRIES)
         with pytest.raises(ConnectionLost):
             await client.post_json("/x", {}, timeout=5)
         assert (client.pool.in_use, client.pool.idle) == (0, 0)
@@ -193,10 +197,10 @@ async def test_an_answer_that_breaks_off_is_lost(script):
 
 
 async def test_nobody_there():
-    client = ApiClient(Origin.from_url("http://127.0.0.1:1"))
+    client = ApiClient(Origin.from_url("http://127.0.0.1:1"), retry=NO_RETRIES)
     with pytest.raises(ConnectionLost, match=r"127\.0\.0\.1:1"):
         await client.post_json("/x", {}, timeout=5)
-    client = ApiClient(Origin.unix("/no/such/socket"))
+    client = ApiClient(Origin.unix("/no/such/socket"), retry=NO_RETRIES)
     with pytest.raises(ConnectionLost, match="no connection"):
         await client.post_json("/x", {}, timeout=5)
     client.close()
@@ -241,7 +245,7 @@ async def test_what_is_sent():
 async def test_statuses_become_typed_errors(status, body, kind, said):
     head = f"HTTP/1.1 {status} X\r\nLocation: /else\r\nx-request-id: r-7\r\nContent-Length: {len(body)}\r\n\r\n"
     async with serving(Scripted([head.encode() + body])) as origin:
-        client = ApiClient(origin, api_key="k3y-secret")
+        client = ApiClient(origin, api_key="k3y-secret", retry=NO_RETRIES)
         with pytest.raises(InferenceError) as caught:
             await client.post_json("/x", {"a": 1}, timeout=5)
         client.close()
@@ -297,32 +301,129 @@ async def test_time_out():
         client.close()
 
 
-async def test_tls():
-    authority = trustme.CA()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1", "localhost").configure_cert(context)
-
+@asynccontextmanager
+async def tls_server(context: ssl.SSLContext):
     async def handler(stream: trio.SocketStream) -> None:
         secure = trio.SSLStream(stream, context, server_side=True)
         try:
             while await secure.receive_some(65536):
                 await secure.send_all(OK)
         except trio.BrokenResourceError:
-            stream.socket.close()
+            pass
         finally:
             stream.socket.close()
 
     async with serving(handler) as plain:
-        origin = Origin.from_url(f"https://127.0.0.1:{plain.port}")
-        client = ApiClient(origin)
+        yield Origin.from_url(f"https://127.0.0.1:{plain.port}")
+
+
+async def test_tls_with_a_private_authority_and_a_client_certificate(tmp_path):
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1", "localhost").configure_cert(context)
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    own = authority.issue_cert("client@example.com")
+    own.private_key_and_cert_chain_pem.write_to_path(tmp_path / "client.pem")
+    async with tls_server(context) as origin:
+        client = ApiClient(origin, retry=NO_RETRIES)
         with pytest.raises(ConnectionLost, match="certificate"):
             await client.post_json("/x", {}, timeout=5)
-        trusting = ssl.create_default_context()
-        authority.configure_trust(trusting)
-        client._pool._tls = trusting
+        trusting = TlsOptions(str(tmp_path / "ca.pem"))
+        client = ApiClient(origin, retry=NO_RETRIES, tls=trusting)
+        with pytest.raises(ConnectionLost):  # the server wants to know who we are
+            await client.post_json("/x", {}, timeout=5)
+        client = ApiClient(origin, tls=TlsOptions(str(tmp_path / "ca.pem"), str(tmp_path / "client.pem")))
         for _ in range(3):
             assert await client.post_json("/x", {}, timeout=5) == {"ok": True}
         client.close()
+    with pytest.raises(OSError, match="No such file"):
+        ApiClient(Origin.from_url("https://x"), tls=TlsOptions("/no/such/file"))
+
+
+# -- proxies --------------------------------------------------------------------------------------------------------
+
+
+class ProxyServer:
+    """A real forward proxy: tunnels by CONNECT, and plain requests by their absolute URL; both to ``target``."""
+
+    def __init__(self, target: Origin) -> None:
+        self.target = target
+        self.heads: list[bytes] = []
+
+    async def __call__(self, stream: trio.SocketStream) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += await stream.receive_some(65536)
+        self.heads.append(head)
+        behind = await trio.open_tcp_stream("127.0.0.1", self.target.port)
+        if head.startswith(b"CONNECT"):
+            await stream.send_all(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        else:
+            await behind.send_all(head)
+        try:
+            async with trio.open_nursery() as nursery:
+                for source, sink in ((stream, behind), (behind, stream)):
+                    nursery.start_soon(self.pump, source, sink, nursery.cancel_scope)
+        finally:
+            stream.socket.close()
+            behind.socket.close()
+
+    @staticmethod
+    async def pump(source: trio.SocketStream, sink: trio.SocketStream, scope: trio.CancelScope) -> None:
+        try:
+            while data := await source.receive_some(65536):
+                await sink.send_all(data)
+        except trio.BrokenResourceError:
+            pass
+        scope.cancel()
+
+
+async def test_proxies_of_the_environment(monkeypatch, tmp_path):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("engine.invalid").configure_cert(context)
+    tls = TlsOptions(str(tmp_path / "ca.pem"))
+    scripted = Scripted([OK], [OK])
+    async with tls_server(context) as secure, serving(scripted) as plain:
+        for origin, kind in ((plain, "http"), (secure, "https")):
+            proxy = ProxyServer(origin)
+            async with serving(proxy) as address:
+                with monkeypatch.context() as patch:
+                    patch.setenv(f"{kind}_proxy", f"http://me:p%40ss@127.0.0.1:{address.port}")
+                    client = ApiClient(Origin.from_url(f"{kind}://engine.invalid/base"), tls=tls)
+                    for _ in range(2):
+                        assert await client.post_json("/x", {}, timeout=5) == {"ok": True}
+                    client.close()
+                first = proxy.heads[0].split(b"\r\n")
+                wanted = b"POST http://engine.invalid/base/x HTTP/1.1"
+                assert first[0] == (wanted if kind == "http" else b"CONNECT engine.invalid:443 HTTP/1.1")
+                assert b"Proxy-Authorization: Basic bWU6cEBzcw==" in first
+                assert len(proxy.heads) == 1
+
+
+def test_which_origins_go_through_a_proxy(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://proxy:3128")
+    monkeypatch.setenv("https_proxy", "proxy2")
+    monkeypatch.setenv("no_proxy", "inside.example")
+    assert find_proxy(Origin.from_url("http://x")) == Proxy("proxy", 3128)
+    assert find_proxy(Origin.from_url("https://x")) == Proxy("proxy2", 80)
+    for direct in (
+        "http://localhost:1",
+        "http://127.0.0.1:1",
+        "http://[::1]:1",
+        "https://inside.example",
+        "http+unix://%2Fs",
+    ):
+        assert find_proxy(Origin.from_url(direct)) is None
+    monkeypatch.setenv("http_proxy", "socks5://proxy")
+    with pytest.raises(ValueError, match="socks5://proxy"):
+        find_proxy(Origin.from_url("http://x"))
 
 
 # -- the pool under contention ----------------------------------------------------------------------------------------

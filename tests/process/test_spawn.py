@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import py_compile
 import signal
 import sys
 from functools import partial
@@ -227,3 +228,16 @@ async def test_two_at_a_time_do_not_hold_each_others_lifelines(guarded):
 def test_survivors_are_named():
     outcome = EngineExit(-9, (Survivor(12, "D", "python"),))
     assert outcome.describe() == "killed by SIGKILL (signal 9); survived SIGKILL: pid 12 (python, state D)"
+
+
+def test_the_guard_is_run_compiled_where_it_is_and_only_if_it_is_fresh(tmp_path, monkeypatch):
+    source = tmp_path / "guard.py"
+    source.write_text("x = 1\n")
+    monkeypatch.setattr(spawn, "GUARD", source)
+    assert spawn.guard_program() == str(source)
+    compiled = py_compile.compile(str(source))
+    assert spawn.guard_program() == compiled
+    source.write_text("x = 22\n")
+    assert spawn.guard_program() == str(source)
+    Path(compiled).write_bytes(b"short")
+    assert spawn.guard_program() == str(source)

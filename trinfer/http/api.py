@@ -1,49 +1,55 @@
-"""One JSON request to an OpenAI-compatible server, and the one border where what goes wrong becomes a typed error.
+"""JSON requests to an OpenAI-compatible server, tried again where that is safe and useful, whole or streamed.
 
 Rule: nothing but the `RequestError` tree comes out, with all that is known (status, the server's words, its id of the
-request, attempts, time), and never the key.
+request, attempts, time), and never the key. No slot of the pool is held between two attempts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
-import ssl
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 import trio
 
 from trinfer._version import __version__
-from trinfer.errors import (
-    AuthenticationError,
-    BadRequestError,
-    ConnectionLost,
-    ContextLengthError,
-    NotFoundError,
-    ProtocolError,
-    RateLimitError,
-    RequestError,
-    RequestTimeout,
-)
-from trinfer.http.connection import BrokenConnection, HttpAnswer, MalformedAnswer
-from trinfer.http.pool import Pool, PoolClosed
+from trinfer.errors import BadRequestError, ProtocolError, RequestError
+from trinfer.http.connection import HttpAnswer
+from trinfer.http.failures import LOWER_ERRORS, error_for_answer, error_for_exception, error_in_stream, timed_out
+from trinfer.http.pool import Exchange, Pool
+from trinfer.http.retry import RetryPolicy
+from trinfer.http.sse import EventTooLong, SseParser
+from trinfer.http.transport import TlsOptions, find_proxy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from types import TracebackType
 
     from trinfer.http.origin import Origin
 
-__all__ = ["ApiClient", "error_for", "server_message"]
+__all__ = ["ApiClient", "JsonStream", "Timeouts"]
 
-SHOWN = 500  # characters of a server's message
+ERROR_BODY = 1 * 2**20  # bytes of an error's body that are read from a stream
+FINISH = 1.0  # seconds for the end of a stream after its last event, so that the connection can be kept
 
-# How engines say that a prompt does not fit: vLLM, SGLang, llama.cpp, OpenAI.
-_CONTEXT_LENGTH = re.compile(
-    r"maximum context length|context_length_exceeded|longer than the (?:maximum )?(?:model|context)"
-    r"|exceeds? the (?:available |model'?s? )?(?:maximum )?context|exceed_context_size|context (?:size|length|window)"
-    r"|maximum (?:allowed|model) length",
-    re.IGNORECASE,
-)
+# Compact; and NaN, which is no JSON, is refused before anything is sent.
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Time-outs beside the total, which each request brings along; None waits as long as that allows.
+
+    Attributes:
+        connect: seconds for a new connection, TLS included.
+        first_byte: seconds from a streamed request to its first event.
+        idle: seconds between two pieces of a stream.
+    """
+
+    connect: float = 30.0
+    first_byte: float | None = None
+    idle: float | None = None
 
 
 class ApiClient:
@@ -53,12 +59,37 @@ class ApiClient:
         origin: the server.
         api_key: sent as ``Authorization: Bearer``.
         max_connections: how many requests may be under way at once; more wait.
+        retry: when a request is sent again.
+        timeouts: beside the total.
+        tls: for https origins.
+
+    Raises:
+        OSError: a file named in ``tls`` cannot be used. ValueError: the environment names an unusable proxy.
     """
 
-    def __init__(self, origin: Origin, *, api_key: str | None = None, max_connections: int = 4096) -> None:
-        tls = ssl.create_default_context() if origin.is_tls else None
+    def __init__(
+        self,
+        origin: Origin,
+        *,
+        api_key: str | None = None,
+        max_connections: int = 4096,
+        retry: RetryPolicy | None = None,
+        timeouts: Timeouts | None = None,
+        tls: TlsOptions | None = None,
+    ) -> None:
         self._origin = origin
-        self._pool = Pool(origin, tls, max_connections=max_connections)
+        self._retry = retry or RetryPolicy()
+        self._timeouts = timeouts or Timeouts()
+        proxy = find_proxy(origin)
+        self._pool = Pool(
+            origin,
+            (tls or TlsOptions()).context() if origin.is_tls else None,
+            proxy=proxy,
+            max_connections=max_connections,
+            connect_timeout=self._timeouts.connect,
+        )
+        # To a proxy, plain requests name the whole URL (RFC 9112, 3.2.2); through a tunnel, they do not.
+        self._prefix = origin.url if proxy is not None and not origin.is_tls else origin.base_path
         lines = [
             f"Host: {origin.authority}",
             f"User-Agent: trinfer/{__version__}",
@@ -67,7 +98,11 @@ class ApiClient:
         ]
         if api_key:
             lines.append(f"Authorization: Bearer {api_key}")
-        self._headers = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
+        if proxy is not None and proxy.authorization and not origin.is_tls:
+            lines.append(f"Proxy-Authorization: {proxy.authorization}")
+        headers = "".join(f"{line}\r\n" for line in lines)
+        self._headers = f" HTTP/1.1\r\n{headers}Content-Length: "
+        self._heads: dict[str, bytes] = {}
 
     @property
     def pool(self) -> Pool:
@@ -80,132 +115,254 @@ class ApiClient:
         Args:
             path: such as ``/v1/chat/completions``; the origin's base path is put before it.
             payload: not changed.
-            timeout: seconds for everything, from connecting to the last byte.
+            timeout: seconds for everything: connecting, all attempts and the pauses between them.
 
         Raises:
             RequestError: one of its subclasses, or itself for other statuses (500, 503, …).
 
         Cancelled: the connection is closed, so that the server stops working on the request.
         """
+        request = self._request(path, payload)
         began = trio.current_time()
-        where = f"POST {self._origin.url}{path}"
+        attempts = 0
+        failure: RequestError | None = None
+        with trio.move_on_at(began + timeout):
+            while True:
+                attempts += 1
+                try:
+                    answer = await self._pool.exchange(request)
+                except LOWER_ERRORS as error:
+                    failure = error_for_exception(error, self._where(path))
+                    failure.__cause__ = error
+                    pause = None if isinstance(failure, ProtocolError) else self._retry.pause(attempts, None)
+                else:
+                    if answer.status == 200:
+                        return self._read(answer, path, payload, attempts, began)
+                    failure = error_for_answer(answer, self._where(path))
+                    pause = self._retry.pause(attempts, answer.status, answer.headers.get("retry-after"))
+                if pause is None or trio.current_time() + pause >= began + timeout:
+                    raise self._complete(failure, payload, attempts, began)
+                await trio.sleep(pause)
+        late = timed_out(self._where(path), "request_timeout", timeout)
+        late.__cause__ = failure
+        raise self._complete(late, payload, attempts, began)
+
+    def stream_json(self, path: str, payload: Mapping[str, Any], *, timeout: float) -> JsonStream:
+        """Send a payload, and iterate over the events of the answer. Nothing is sent before the first step.
+
+        Args: as `post_json`; ``timeout`` is the total, from the first step to the last event.
+        """
+        return JsonStream(self, path, payload, timeout)
+
+    def _request(self, path: str, payload: Mapping[str, Any]) -> bytes:
+        head = self._heads.get(path)
+        if head is None:
+            head = self._heads[path] = f"POST {self._prefix}{path}{self._headers}".encode("latin-1")
         try:
-            # Compact, and checked before anything is sent: NaN is no JSON, and lone surrogates are no text.
-            body = json.dumps(payload, allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode()
+            body = _encode(payload).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise BadRequestError(
-                f"the payload for {where} cannot be written as JSON: {error}",
+                f"the payload for {self._where(path)} cannot be written as JSON: {error}",
                 advice="use plain dicts, lists, texts, finite numbers, booleans and None",
                 payload=payload,
                 attempts=0,
             ) from error
-        request = b"POST %s HTTP/1.1\r\n%sContent-Length: %d\r\n\r\n%s" % (
-            f"{self._origin.base_path}{path}".encode("ascii", "strict"),
-            self._headers,
-            len(body),
-            body,
-        )
-        with trio.move_on_after(timeout):
-            answer = await self._exchange(request, where, began, payload)
-            if answer.status != 200:
-                raise error_for(answer, where, payload=payload, elapsed=trio.current_time() - began)
-            return _read_object(answer, where, payload, trio.current_time() - began)
-        raise RequestTimeout(
-            f"{where}: no complete answer within {timeout:g} s (request_timeout)",
-            cause="the server is overloaded or stuck, or the generation is longer than the time allows",
-            advice="raise request_timeout, lower max_tokens, or send fewer requests at a time",
-            payload=payload,
-            elapsed=trio.current_time() - began,
-        )
+        return b"%b%d\r\n\r\n%b" % (head, len(body), body)
 
-    async def _exchange(self, request: bytes, where: str, began: float, payload: Mapping[str, Any]) -> HttpAnswer:
+    def _where(self, path: str) -> str:
+        return f"POST {self._origin.url}{path}"
+
+    @staticmethod
+    def _complete(error: RequestError, payload: Mapping[str, Any], attempts: int, began: float) -> RequestError:
+        error.payload, error.attempts, error.elapsed = payload, attempts, trio.current_time() - began
+        return error
+
+    def _read(
+        self, answer: HttpAnswer, path: str, payload: Mapping[str, Any], attempts: int, began: float
+    ) -> dict[str, Any]:
         try:
-            return await self._pool.exchange(request)
-        except MalformedAnswer as error:
-            raise ProtocolError(
-                f"{where}: the answer is not proper HTTP: {error}",
-                cause="another kind of server answers there, or a proxy has cut the answer",
-                payload=payload,
-                elapsed=trio.current_time() - began,
-            ) from error
-        except PoolClosed as error:
-            raise ConnectionLost(f"{where}: the client has been closed", payload=payload) from error
-        except (BrokenConnection, OSError) as error:
-            what = "the connection broke" if isinstance(error, BrokenConnection) else "no connection"
-            raise ConnectionLost(
-                f"{where}: {what}: {error}",
-                cause="the server has died, restarts, or cannot be reached",
-                payload=payload,
-                elapsed=trio.current_time() - began,
-            ) from error
+            value = json.loads(answer.body)
+        except (ValueError, RecursionError) as error:
+            what = f"{self._where(path)}: the answer is not JSON: {answer.body[:80]!r}"
+            raise self._complete(ProtocolError(what, status=200), payload, attempts, began) from error
+        if not isinstance(value, dict):
+            what = f"{self._where(path)}: the answer is JSON, but no object"
+            raise self._complete(ProtocolError(what, status=200), payload, attempts, began)
+        return value
 
     def close(self) -> None:
         """Close every idle connection; later requests raise `ConnectionLost`. Idempotent, and does not wait."""
         self._pool.close()
 
 
-def _read_object(answer: HttpAnswer, where: str, payload: Mapping[str, Any], elapsed: float) -> dict[str, Any]:
+class JsonStream:
+    """The events of one streamed answer, as an async iterator.
+
+    Leaving the loop early closes the connection once the stream is dropped; ``async with`` or `close` do it at once.
+
+    Attributes:
+        received: events so far.
+    """
+
+    def __init__(self, client: ApiClient, path: str, payload: Mapping[str, Any], timeout: float) -> None:
+        self._client, self._path, self._payload = client, path, payload
+        self._timeout = timeout
+        self._exchange: Exchange | None = None
+        self._parser = SseParser()
+        self._events: list[bytes] = []  # read, not given yet; in reverse
+        self._began = self._deadline = 0.0
+        self._attempts = 0
+        self._over = False
+        self.received = 0
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> dict[str, Any]:
+        """The next event.
+
+        Raises:
+            StopAsyncIteration: the stream is complete.
+            RequestError: it could not begin, broke off, took too long, or holds an error; the message says how far it
+                came. After the first event, nothing is tried again.
+
+        Cancelled: the connection is closed.
+        """
+        # Not a checkpoint while events are at hand: many come in one piece.
+        while not self._events:
+            if self._over:
+                raise StopAsyncIteration
+            await self._advance()
+        return await self._next_event()
+
+    async def _next_event(self) -> dict[str, Any]:
+        data = self._events.pop()
+        if data == b"[DONE]":
+            await self._finish()
+            raise StopAsyncIteration
+        try:
+            event = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise self._fail(ProtocolError(f"{self._where}: an event is not JSON: {data[:80]!r}")) from error
+        if not isinstance(event, dict):
+            raise self._fail(ProtocolError(f"{self._where}: an event is no JSON object: {data[:80]!r}"))
+        if "error" in event or event.get("object") == "error":
+            failure = error_in_stream(event, self._where)
+            if failure is not None:
+                raise self._fail(failure)
+        self.received += 1
+        return event
+
+    async def _advance(self) -> None:
+        """Get the next piece, or find out that there is none."""
+        now = trio.current_time()
+        timeouts = self._client._timeouts
+        if self._exchange is None:
+            self._began, self._deadline = now, now + self._timeout
+        pause = timeouts.first_byte if self.received == 0 else timeouts.idle
+        deadline = self._deadline if pause is None else min(self._deadline, now + pause)
+        try:
+            with trio.move_on_at(deadline):
+                if self._exchange is None:
+                    await self._begin()
+                assert self._exchange is not None
+                piece = await self._exchange.read()
+                if piece:
+                    self._events = self._parser.feed(piece)[::-1]
+                else:  # without [DONE], but complete as HTTP
+                    self.close()
+                return
+        except LOWER_ERRORS as error:
+            raise self._fail(error_for_exception(error, self._where)) from error
+        except EventTooLong as error:
+            raise self._fail(ProtocolError(f"{self._where}: {error}")) from error
+        except BaseException:
+            self.close()
+            raise
+        if pause is None or deadline >= self._deadline:
+            raise self._fail(timed_out(self._where, "request_timeout", self._timeout))
+        raise self._fail(timed_out(self._where, "first_byte" if self.received == 0 else "idle", pause))
+
+    async def _begin(self) -> None:
+        """Send the request, as often as it may be sent, until an answer with status 200 begins."""
+        client = self._client
+        request = client._request(self._path, {**self._payload, "stream": True})
+        while True:
+            self._attempts += 1
+            retry_after = None
+            try:
+                exchange = await client._pool.begin(request)
+            except LOWER_ERRORS as error:
+                failure = error_for_exception(error, self._where)
+                failure.__cause__ = error
+                status = None
+                final = isinstance(failure, ProtocolError)
+            else:
+                if exchange.status == 200:
+                    self._exchange = exchange
+                    self._check_kind(exchange)
+                    return
+                answer = await _read_error(exchange)
+                failure, status, final = error_for_answer(answer, self._where), answer.status, False
+                retry_after = answer.headers.get("retry-after")
+            pause = None if final else client._retry.pause(self._attempts, status, retry_after)
+            if pause is None or trio.current_time() + pause >= self._deadline:
+                raise self._fail(failure)
+            await trio.sleep(pause)
+
+    def _check_kind(self, exchange: Exchange) -> None:
+        kind = exchange.headers.get("content-type", "text/event-stream")
+        if not kind.lower().startswith("text/event-stream"):
+            raise self._fail(ProtocolError(f"{self._where}: the answer is no event stream, but {kind[:80]!r}"))
+
+    async def _finish(self) -> None:
+        """After the last event comes only the end of the body, in the same piece most often."""
+        self._over = True
+        if self._exchange is not None:
+            with trio.move_on_after(FINISH):
+                with contextlib.suppress(*LOWER_ERRORS):  # everything that was asked for is there
+                    await self._exchange.read()
+        self.close()
+
+    def _fail(self, error: RequestError) -> RequestError:
+        self.close()
+        if self.received:
+            error.message += f" (after {self.received} events)"
+            error.args = (error.message,)
+        return self._client._complete(error, self._payload, self._attempts, self._began)
+
+    @property
+    def _where(self) -> str:
+        return self._client._where(self._path)
+
+    def close(self) -> None:
+        """End the stream; one that is not complete closes its connection. Idempotent, and does not wait."""
+        self._over = True
+        self._events = []
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+async def _read_error(exchange: Exchange) -> HttpAnswer:
+    """The whole of an answer that is no stream, within bounds."""
+    body = b""
     try:
-        value = json.loads(answer.body)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(
-            f"{where}: the answer is not JSON: {answer.body[:80]!r}",
-            status=answer.status,
-            payload=payload,
-            elapsed=elapsed,
-        ) from error
-    if not isinstance(value, dict):
-        raise ProtocolError(
-            f"{where}: the answer is JSON, but no object", status=answer.status, payload=payload, elapsed=elapsed
-        )
-    return value
-
-
-def server_message(body: bytes) -> str | None:
-    """The server's own words in an error's body, in the forms that engines use; None where there are none."""
-    try:
-        page: Any = json.loads(body)
-    except (ValueError, RecursionError):
-        text = body.decode("utf-8", "replace").strip()
-        return text[:SHOWN] or None
-    for key in ("error", "message", "detail", "error_message"):
-        if isinstance(page, dict) and page.get(key):
-            inner = page[key]
-            page = inner.get("message") or inner if isinstance(inner, dict) else inner
-            break
-    if not page:
-        return None
-    return (page if isinstance(page, str) else json.dumps(page))[:SHOWN]
-
-
-def error_for(answer: HttpAnswer, where: str, *, payload: Mapping[str, Any], elapsed: float) -> RequestError:
-    """The typed error for an answer whose status is not 200."""
-    status, said = answer.status, server_message(answer.body)
-    kind: type[RequestError] = RequestError
-    cause = advice = None
-    if 300 <= status < 400:
-        kind, cause = ProtocolError, f"the server redirects to {answer.headers.get('location', 'another place')!r}"
-        advice = "give the final URL as endpoint_url: requests with keys are not sent elsewhere"
-    elif status in {400, 413, 422}:
-        kind = BadRequestError
-        if said and _CONTEXT_LENGTH.search(said):
-            kind, cause = ContextLengthError, "prompt and max_tokens do not fit into the model's context"
-            advice = "shorten the prompt, lower max_tokens, or raise model_max_context"
-    elif status in {401, 403}:
-        kind, cause = AuthenticationError, "the API key is missing, wrong, or not allowed to do this"
-        advice = "set api_key, or the environment variable TRINFER_API_KEY"
-    elif status == 404:
-        kind, cause = NotFoundError, "the server has no such model or route"
-        advice = "check the model's name and the URL; /v1/models lists what it serves"
-    elif status == 429:
-        kind, cause, advice = RateLimitError, "the server asks to slow down", "send fewer requests at a time"
-    return kind(
-        f"{where}: status {status}" + (f": {said}" if said else ""),
-        cause=cause,
-        advice=advice,
-        status=status,
-        payload=payload,
-        server_message=said,
-        request_id=answer.headers.get("x-request-id"),
-        elapsed=elapsed,
-    )
+        while len(body) < ERROR_BODY and (piece := await exchange.read()):
+            body += piece
+    except LOWER_ERRORS:
+        pass  # its status says enough
+    finally:
+        exchange.close()
+    return HttpAnswer(exchange.status, exchange.headers, body)

@@ -1,4 +1,4 @@
-"""One connection, one exchange at a time: HTTP/1.1 over a trio stream, parsed by httptools (llhttp).
+"""One connection, one exchange at a time: HTTP/1.1 over a socket, parsed by httptools (llhttp).
 
 Rule: a connection is reused only after an answer that was complete, in order and alone. Whatever else happens
 (malformed or contradictory answers, bytes that nobody asked for, time-outs, cancellation) closes it, so that an
@@ -8,8 +8,6 @@ answer can never reach another request.
 from __future__ import annotations
 
 import enum
-import select
-import ssl
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,9 +15,9 @@ import httptools
 import trio
 
 if TYPE_CHECKING:
-    from trinfer.http.origin import Origin
+    from trinfer.http.transport import Transport
 
-__all__ = ["BrokenConnection", "Connection", "HttpAnswer", "MalformedAnswer", "open_connection"]
+__all__ = ["BrokenConnection", "Connection", "HttpAnswer", "MalformedAnswer"]
 
 CHUNK = 65536
 MAX_HEADER_BYTES = 64 * 1024
@@ -41,39 +39,53 @@ class MalformedAnswer(Exception):
 
 @dataclass
 class HttpAnswer:
-    """A complete answer. Header names are in lower case; of repeated ones, the values are joined by commas."""
+    """An answer. Header names are in lower case; of repeated ones, the values are joined by commas."""
 
     status: int
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
 
 
-class _State(enum.Enum):
-    IDLE = "idle"
-    BUSY = "busy"
-    CLOSED = "closed"
-
-
 class _Framing(enum.Enum):
+    """What tells the end of a body."""
+
+    NONE = "none"
     LENGTH = "length"
     CHUNKED = "chunked"
     UNTIL_CLOSE = "until close"
-    NONE = "none"
 
 
 class _Reader:
     """Callbacks of the parser for one answer, and the checks that the parser leaves to us."""
 
+    __slots__ = (
+        "_header_bytes",
+        "_headers",
+        "_interim",
+        "_lengths",
+        "_size",
+        "body",
+        "complete",
+        "framing",
+        "headers",
+        "in_body",
+        "keep_alive",
+        "parser",
+        "status",
+    )
+
     def __init__(self) -> None:
         self.parser = httptools.HttpResponseParser(self)
-        self.answer = HttpAnswer(0)
+        self.status = 0
         self.framing = _Framing.NONE
         self.in_body = False
         self.complete = False
         self.keep_alive = False
+        self.headers: dict[str, str] = {}
+        self.body: list[bytes] = []  # pieces that nobody has taken yet
+        self._headers: list[tuple[bytes, bytes]] = []
         self._header_bytes = 0
         self._lengths: list[bytes] = []
-        self._body: list[bytes] = []
         self._size = 0
         self._interim = 0
 
@@ -98,100 +110,116 @@ class _Reader:
     def end(self) -> bool:
         """The connection has ended: True when that completes the answer."""
         if self.in_body and self.framing is _Framing.UNTIL_CLOSE:
-            self._finish()
+            self.complete = True
         return self.complete
+
+    def take_body(self) -> bytes:
+        """The body so far; what is taken is gone."""
+        pieces, self.body = self.body, []
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     # -- called by the parser --------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         if self.complete:
             raise MalformedAnswer("more bytes follow the answer")
-        self.answer = HttpAnswer(0)
+        self._headers = []
         self._lengths = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.in_body:
             return  # a trailer: nothing that we need stands there
-        key = name.decode("latin-1").lower()
-        text = value.decode("latin-1").strip()
-        if key == "content-length":
-            self._lengths.append(value.strip())
-        headers = self.answer.headers
-        headers[key] = f"{headers[key]}, {text}" if key in headers else text
-        if sum(map(len, headers)) + sum(map(len, headers.values())) > MAX_HEADER_BYTES:
+        self._headers.append((name, value))
+        self._size += len(name) + len(value)
+        if self._size > MAX_HEADER_BYTES:
             raise MalformedAnswer(f"its headers are longer than {MAX_HEADER_BYTES} bytes")
 
     def on_headers_complete(self) -> None:
-        answer = self.answer
-        answer.status = self.parser.get_status_code()
-        if 100 <= answer.status < 200:
-            if answer.status == 101:
-                raise MalformedAnswer("it switches to another protocol")
-            self._interim += 1
-            if self._interim > MAX_INTERIM:
-                raise MalformedAnswer("too many interim answers")
+        self.status = self.parser.get_status_code()
+        if self.status < 200:
+            self._check_interim()
             return
-        coding = answer.headers.get("transfer-encoding", "").lower()
-        if len(set(self._lengths)) > 1 or (self._lengths and not self._lengths[0].isdigit()):
-            raise MalformedAnswer("its lengths contradict each other")
-        if coding and self._lengths:
-            raise MalformedAnswer("it has both a length and a transfer coding")
-        if coding and coding != "chunked":
-            raise MalformedAnswer(f"its transfer coding {coding!r} is unknown")
-        if answer.status in {204, 304}:
-            self.framing = _Framing.NONE
-        elif coding:
-            self.framing = _Framing.CHUNKED
-        elif self._lengths:
-            self.framing = _Framing.LENGTH
-            if int(self._lengths[0]) > MAX_BODY_BYTES:
-                raise MalformedAnswer(f"its body is longer than {MAX_BODY_BYTES} bytes")
-        else:
-            self.framing = _Framing.UNTIL_CLOSE
+        headers: dict[str, str] = {}
+        for name, value in self._headers:
+            key, text = name.decode("latin-1").lower(), value.decode("latin-1").strip()
+            headers[key] = f"{headers[key]}, {text}" if key in headers else text
+        self.headers = headers
+        self._size = 0
+        self._find_framing(headers.get("content-length"), headers.get("transfer-encoding"))
         self.keep_alive = self.framing is not _Framing.UNTIL_CLOSE and self.parser.should_keep_alive()
         self.in_body = True
+
+    def _check_interim(self) -> None:
+        if self.status == 101:
+            raise MalformedAnswer("it switches to another protocol")
+        self._interim += 1
+        if self._interim > MAX_INTERIM:
+            raise MalformedAnswer("too many interim answers")
+
+    def _find_framing(self, length: str | None, coding: str | None) -> None:
+        # llhttp refuses most contradictions itself; these checks do not rely on it.
+        if coding is not None:
+            if length is not None:
+                raise MalformedAnswer("it has both a length and a transfer coding")
+            if coding.lower() != "chunked":
+                raise MalformedAnswer(f"its transfer coding {coding!r} is unknown")
+            self.framing = _Framing.CHUNKED
+        elif length is not None:
+            if not (length.isascii() and length.isdigit()):
+                raise MalformedAnswer("its length is no number, or there are several")
+            if int(length) > MAX_BODY_BYTES:
+                raise MalformedAnswer(f"its body is longer than {MAX_BODY_BYTES} bytes")
+            self.framing = _Framing.LENGTH
+        elif self.status not in {204, 304}:
+            self.framing = _Framing.UNTIL_CLOSE
 
     def on_body(self, data: bytes) -> None:
         self._size += len(data)
         if self._size > MAX_BODY_BYTES:
             raise MalformedAnswer(f"its body is longer than {MAX_BODY_BYTES} bytes")
-        self._body.append(data)
+        self.body.append(data)
 
     def on_message_complete(self) -> None:
         if self.in_body:  # an interim answer has none
-            self._finish()
+            self.complete = True
 
-    def _finish(self) -> None:
-        self.answer.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        self.complete = True
+
+class _State(enum.Enum):
+    IDLE = "idle"
+    BUSY = "busy"
+    CLOSED = "closed"
 
 
 class Connection:
-    """A connection to one origin. Made by `open_connection`; not for several tasks at a time."""
+    """A connection to one origin; not for several tasks at a time.
 
-    def __init__(self, stream: trio.abc.Stream, socket: trio.socket.SocketType) -> None:
-        self._stream = stream
-        self._socket = socket
+    `exchange` is a whole answer at once; `begin` and `read` give it piece by piece. On any error, and when cancelled,
+    the connection is closed.
+    """
+
+    __slots__ = ("_reader", "_state", "_touched", "_transport", "idle_since")
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
         self._state = _State.IDLE
-        self._poll = select.poll()
-        self._poll.register(socket.fileno(), select.POLLIN)
-        self.exchanges = 0
+        self._reader = _Reader()
+        self._touched = False
         self.idle_since = 0.0
 
     @property
     def is_reusable(self) -> bool:
         """Idle, and nothing has come since: an end or unasked bytes make it worthless."""
-        return self._state is _State.IDLE and not self._poll.poll(0)
+        return self._state is _State.IDLE and not self._transport.has_news()
 
     @property
-    def is_closed(self) -> bool:
-        return self._state is _State.CLOSED
+    def is_idle(self) -> bool:
+        return self._state is _State.IDLE
 
     def close(self) -> None:
         """Close at once, without a checkpoint, so that no cancellation can get in the way. Idempotent."""
         if self._state is not _State.CLOSED:
             self._state = _State.CLOSED
-            self._socket.close()
+            self._transport.close()
 
     async def exchange(self, request: bytes) -> HttpAnswer:
         """Send one request, and return its complete answer.
@@ -199,64 +227,75 @@ class Connection:
         Raises:
             BrokenConnection: it ended before the answer was complete.
             MalformedAnswer: the answer is not proper HTTP.
-
-        On any error, and when cancelled, the connection is closed.
         """
-        assert self._state is _State.IDLE, self._state
-        self._state = _State.BUSY
-        touched = False
+        reader = self._start()
         try:
-            await self._stream.send_all(request)
-            reader = _Reader()
+            await self._transport.send(request)
             while not reader.complete:
-                data = await self._stream.receive_some(CHUNK)
-                if not data:
-                    if reader.end():
-                        break
-                    raise BrokenConnection(
-                        "it was closed in the middle of the answer" if touched else "it was closed before the answer",
-                        untouched=not touched,
-                    )
-                touched = True
-                reader.feed(bytes(data))
-            self.exchanges += 1
-            if reader.keep_alive:
-                self._state = _State.IDLE
-                self.idle_since = trio.current_time()
-            return reader.answer
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            detail = str(error.__cause__ or error) or "it was reset"
-            raise BrokenConnection(detail, untouched=not touched) from error
+                await self._receive(reader)
+            self._finish(reader)
+            return HttpAnswer(reader.status, reader.headers, reader.take_body())
+        except OSError as error:
+            raise BrokenConnection(_detail(error), untouched=not self._touched) from error
         finally:
             if self._state is _State.BUSY:
                 self.close()
 
+    async def begin(self, request: bytes) -> HttpAnswer:
+        """Send one request, and return status and headers; `read` gives the body. Raises as `exchange`."""
+        reader = self._start()
+        try:
+            await self._transport.send(request)
+            while not reader.in_body:
+                await self._receive(reader)
+        except OSError as error:
+            self.close()
+            raise BrokenConnection(_detail(error), untouched=not self._touched) from error
+        except BaseException:
+            self.close()
+            raise
+        return HttpAnswer(reader.status, reader.headers)
 
-async def open_connection(origin: Origin, tls: ssl.SSLContext | None) -> Connection:
-    """Connect.
+    async def read(self) -> bytes:
+        """The next piece of the body; empty at its end, when the connection is idle or closed. Raises as `exchange`."""
+        reader = self._reader
+        try:
+            while not reader.body and not reader.complete:
+                await self._receive(reader)
+        except OSError as error:
+            self.close()
+            raise BrokenConnection(_detail(error), untouched=False) from error
+        except BaseException:
+            self.close()
+            raise
+        piece = reader.take_body()
+        if not piece and self._state is _State.BUSY:
+            self._finish(reader)
+            if self._state is _State.BUSY:
+                self.close()
+        return piece
 
-    Raises:
-        OSError: nobody listens there, the name is unknown, …; ssl.SSLError is one.
+    def _start(self) -> _Reader:
+        assert self._state is _State.IDLE, self._state
+        self._state = _State.BUSY
+        self._touched = False
+        self._reader = reader = _Reader()
+        return reader
 
-    Cancelled: nothing is left open.
-    """
-    stream: trio.SocketStream
-    if origin.uds is not None:
-        stream = await trio.open_unix_socket(origin.uds)
-    else:
-        stream = await trio.open_tcp_stream(origin.host, origin.port)
-    if tls is None:
-        return Connection(stream, stream.socket)
-    # https_compatible: a server that leaves without TLS's goodbye is not an error of ours; framing tells the end.
-    secure = trio.SSLStream(stream, tls, server_hostname=origin.host, https_compatible=True)
-    try:
-        await secure.do_handshake()
-    except trio.BrokenResourceError as error:
-        stream.socket.close()
-        if isinstance(error.__cause__, ssl.SSLError):
-            raise error.__cause__ from error
-        raise ConnectionResetError("the connection broke during the TLS handshake") from error
-    except BaseException:
-        stream.socket.close()
-        raise
-    return Connection(secure, stream.socket)
+    async def _receive(self, reader: _Reader) -> None:
+        data = await self._transport.receive(CHUNK)
+        if data:
+            self._touched = True
+            reader.feed(data)
+        elif not reader.end():
+            when = "in the middle of the answer" if self._touched else "before the answer"
+            raise BrokenConnection(f"it was closed {when}", untouched=not self._touched)
+
+    def _finish(self, reader: _Reader) -> None:
+        if reader.keep_alive:
+            self._state = _State.IDLE
+            self.idle_since = trio.current_time()
+
+
+def _detail(error: OSError) -> str:
+    return error.strerror or str(error) or "it was reset"

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import os
 import signal
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -203,6 +205,23 @@ class GuardedProcess:
             await trio.sleep(0.01)
 
 
+def guard_program() -> str:
+    """Path of the guard, compiled where Python keeps it so: compiling it at each start takes longer than all the rest.
+
+    The compiled file is used only if it is that of the source as it is now, by the rule of the import system itself
+    (the header described in PEP 552).
+    """
+    cached = importlib.util.cache_from_source(str(GUARD))
+    try:
+        with open(cached, "rb") as file:
+            magic, flags, mtime, size = struct.unpack("<4sIII", file.read(16))
+        source = GUARD.stat()
+    except (OSError, struct.error):
+        return str(GUARD)
+    fresh = (importlib.util.MAGIC_NUMBER, 0, int(source.st_mtime) & 0xFFFFFFFF, source.st_size & 0xFFFFFFFF)
+    return cached if (magic, flags, mtime, size) == fresh else str(GUARD)
+
+
 def marked_processes(marker: Mapping[str, str]) -> list[int]:
     """Pids of living processes whose environment at their start held all of ``marker``.
 
@@ -268,7 +287,7 @@ async def run_guarded(
         start = partial(
             trio.run_process,
             [
-                *(sys.executable, "-I", "-S", str(GUARD)),
+                *(sys.executable, "-I", "-S", guard_program()),
                 *("--owner", str(os.getpid()), "--lifeline", str(guard_lifeline)),
                 *("--status", str(status_in), "--grace", str(grace), "--", *command),
             ],

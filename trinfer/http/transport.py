@@ -1,0 +1,218 @@
+"""Bytes to and from one server: plain sockets, unix sockets, TLS, with or without a proxy.
+
+Rule: what goes wrong is an `OSError` (of which ssl.SSLError is one), whatever the kind; and closing never waits.
+
+A plain transport talks to the socket itself and waits by trio's own primitives. trio's streams do the same with a
+checkpoint before and after each call, which costs a good part of a small request.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import select
+import socket
+import ssl
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import trio
+
+if TYPE_CHECKING:
+    from trinfer.http.origin import Origin
+
+__all__ = ["Proxy", "TlsOptions", "Transport", "connect", "find_proxy"]
+
+MAX_PROXY_ANSWER = 64 * 1024
+
+
+class Transport(Protocol):
+    """One connected socket."""
+
+    async def send(self, data: bytes) -> None: ...
+    async def receive(self, limit: int) -> bytes: ...
+    def has_news(self) -> bool: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class TlsOptions:
+    """Whom to trust, and who we are.
+
+    Attributes:
+        ca_file: certificates to trust instead of the system's, in PEM.
+        cert_file, key_file: our own certificate and its key, in PEM, for servers that ask for one.
+    """
+
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """Raises OSError (ssl.SSLError is one) for files that cannot be used."""
+        context = ssl.create_default_context(cafile=self.ca_file)
+        if self.cert_file is not None:
+            context.load_cert_chain(self.cert_file, self.key_file)
+        return context
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """An HTTP proxy. ``authorization`` is the header's value, or None."""
+
+    host: str
+    port: int
+    authorization: str | None = None
+
+
+def find_proxy(origin: Origin) -> Proxy | None:
+    """The proxy for an origin, by ``HTTPS_PROXY``, ``HTTP_PROXY``, ``ALL_PROXY`` and ``NO_PROXY``.
+
+    Loopback addresses and unix sockets never go through one.
+
+    Raises:
+        ValueError: it names something else than an http proxy.
+    """
+    if origin.uds is not None or origin.host in {"localhost", "::1"} or origin.host.startswith("127."):
+        return None
+    proxies = getproxies()
+    url = proxies.get(origin.scheme) or proxies.get("all")
+    if not url or proxy_bypass(f"{origin.host}:{origin.port}"):
+        return None
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    if parts.scheme != "http" or not parts.hostname:
+        raise ValueError(f"the environment names the proxy {parts.scheme}://{parts.hostname}; only http:// is known")
+    authorization = None
+    if parts.username is not None:
+        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        authorization = "Basic " + base64.b64encode(pair.encode()).decode()
+    return Proxy(parts.hostname, parts.port or 80, authorization)
+
+
+async def connect(origin: Origin, tls: ssl.SSLContext | None, proxy: Proxy | None = None) -> Transport:
+    """Connect to an origin.
+
+    Raises:
+        OSError: nobody listens there, the name is unknown, the certificate is not trusted, …
+
+    Cancelled: nothing is left open.
+    """
+    if origin.uds is not None:
+        stream = await trio.open_unix_socket(origin.uds)
+    else:
+        host, port = (proxy.host, proxy.port) if proxy else (origin.host, origin.port)
+        stream = await trio.open_tcp_stream(host, port)
+    if tls is None:
+        return PlainTransport(stream)
+    try:
+        if proxy is not None:
+            await _tunnel(stream, origin, proxy)
+        # https_compatible: a server that leaves without TLS's goodbye is no error; HTTP's framing tells the end.
+        secure = trio.SSLStream(stream, tls, server_hostname=origin.host, https_compatible=True)
+        await secure.do_handshake()
+    except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        stream.socket.close()
+        raise _os_error(error) from error
+    except BaseException:
+        stream.socket.close()
+        raise
+    return TlsTransport(secure, stream)
+
+
+async def _tunnel(stream: trio.SocketStream, origin: Origin, proxy: Proxy) -> None:
+    host = f"[{origin.host}]" if ":" in origin.host else origin.host
+    lines = [f"CONNECT {host}:{origin.port} HTTP/1.1", f"Host: {host}:{origin.port}"]
+    if proxy.authorization:
+        lines.append(f"Proxy-Authorization: {proxy.authorization}")
+    await stream.send_all(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        more = await stream.receive_some(4096)
+        if not more or len(answer) > MAX_PROXY_ANSWER:
+            raise ConnectionRefusedError(f"the proxy {proxy.host}:{proxy.port} gave no proper answer")
+        answer += more
+    status = answer.split(b"\r\n", 1)[0].decode("latin-1")
+    if status.split(" ")[1:2] != ["200"]:
+        raise ConnectionRefusedError(f"the proxy {proxy.host}:{proxy.port} refused: {status[:80]}")
+
+
+class PlainTransport:
+    """A socket without TLS."""
+
+    __slots__ = ("_fd", "_poll", "_socket")
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        # The socket is taken over from trio, which leaves it non-blocking.
+        self._socket = socket.socket(fileno=stream.socket.detach())
+        self._socket.setblocking(False)
+        self._fd = self._socket.fileno()
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
+
+    async def send(self, data: bytes) -> None:
+        """Not a checkpoint when all fits into the socket's buffer: what follows is one."""
+        sent = 0
+        view = memoryview(data)
+        while True:
+            try:
+                sent += self._socket.send(view[sent:])
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._fd)
+            if sent == len(data):
+                return
+
+    async def receive(self, limit: int) -> bytes:
+        while True:
+            await trio.lowlevel.wait_readable(self._fd)
+            try:
+                return self._socket.recv(limit)
+            except BlockingIOError:
+                continue
+
+    def has_news(self) -> bool:
+        return bool(self._poll.poll(0))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class TlsTransport:
+    """A socket with TLS, by trio's own stream."""
+
+    __slots__ = ("_poll", "_secure", "_stream")
+
+    def __init__(self, secure: trio.SSLStream[trio.SocketStream], stream: trio.SocketStream) -> None:
+        self._secure = secure
+        self._stream = stream
+        self._poll = select.poll()
+        self._poll.register(stream.socket.fileno(), select.POLLIN)
+
+    async def send(self, data: bytes) -> None:
+        try:
+            await self._secure.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise _os_error(error) from error
+
+    async def receive(self, limit: int) -> bytes:
+        try:
+            return bytes(await self._secure.receive_some(limit))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise _os_error(error) from error
+
+    def has_news(self) -> bool:
+        # Session tickets of TLS 1.3 come when they like, and are no news of HTTP; but telling them apart would need a
+        # read. A connection more, now and then, is the price.
+        return bool(self._poll.poll(0))
+
+    def close(self) -> None:
+        self._stream.socket.close()
+
+
+def _os_error(error: BaseException) -> OSError:
+    """What trio hides behind its own errors."""
+    cause = error.__cause__
+    if isinstance(cause, OSError):
+        return cause
+    return ConnectionResetError(os.strerror(104) if cause is None else str(cause))
