@@ -19,6 +19,7 @@ def test_the_tree():
         "ConfigError": "TrinferError",
         "ServerError": "TrinferError",
         "InferenceError": "TrinferError",
+        "StructuredOutputError": "InferenceError",
         "RequestError": "InferenceError",
         "BadRequestError": "RequestError",
         "ContextLengthError": "BadRequestError",

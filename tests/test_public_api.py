@@ -29,6 +29,7 @@ NAMES = {
     "SGLangServer",
     "ServerError",
     "ServerState",
+    "StructuredOutputError",
     "TransformersServer",
     "TrinferError",
     "VLLMServer",

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from trinfer.errors import RequestError as RequestError
     from trinfer.errors import RequestTimeout as RequestTimeout
     from trinfer.errors import ServerError as ServerError
+    from trinfer.errors import StructuredOutputError as StructuredOutputError
     from trinfer.errors import TrinferError as TrinferError
     from trinfer.results import InferenceResult as InferenceResult
     from trinfer.server.base import InferenceServer as InferenceServer
@@ -64,6 +65,7 @@ _HOME = {
     "RequestError": "trinfer.errors",
     "RequestTimeout": "trinfer.errors",
     "ServerError": "trinfer.errors",
+    "StructuredOutputError": "trinfer.errors",
     "TrinferError": "trinfer.errors",
     "InferenceResult": "trinfer.results",
     "InferenceServer": "trinfer.server.base",
@@ -92,6 +94,7 @@ __all__ = [
     "SGLangServer",
     "ServerError",
     "ServerState",
+    "StructuredOutputError",
     "TransformersServer",
     "TrinferError",
     "VLLMServer",

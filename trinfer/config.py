@@ -67,7 +67,13 @@ class InferenceConfig:
             Not part of ``repr``.
         tp, dp, pp: tensor, data and pipeline parallel size, in GPUs, replicas and stages.
         default_generation_params: merged under each request's payload (max_tokens, temperature, …).
-        request_timeout: seconds for one request, from the call to the complete answer; always holds.
+        request_timeout: seconds for one request, with all its attempts, from the moment that the engine is ready to
+            the complete answer; always holds.
+        request_max_attempts: how often a request is sent at most, when connections break or the server asks to come
+            again (408, 425, 429, 500 once, 502, 503, 504). 1 never sends it again.
+        connect_timeout: seconds for a new connection, TLS included.
+        stream_first_byte_timeout, stream_idle_timeout: seconds from a streamed request to its first event, and between
+            two pieces of it; None waits as long as request_timeout allows.
         model_kwargs: more engine options: ``{"k": v}`` becomes ``--k=v``, True becomes ``--k``, False ``--no-k``.
         server_log_folder: where the engine's output is kept, one rotated file per rank and node, mode 0600.
         server_log_max_bytes: size at which that file is rotated, in bytes.
@@ -88,6 +94,8 @@ class InferenceConfig:
         executable: the engine's program, where it is not the one on PATH.
         multi_node: whether this process is one node of an engine that spans several. None asks the environment
             (``DATATROVE_NODE_RANK``, SLURM, torchrun); False makes every node run an engine of its own.
+        tls_ca_file: certificates (PEM) to trust at an https endpoint, instead of the system's.
+        tls_cert_file, tls_key_file: our own certificate and key (PEM), for endpoints that ask for one.
 
     Raises:
         ConfigError: (also a ValueError) a value is impossible; the message names field, value and allowed range.
@@ -104,6 +112,10 @@ class InferenceConfig:
     pp: int = 1
     default_generation_params: Mapping[str, Any] = field(default_factory=FrozenDict)
     request_timeout: float = 3600.0
+    request_max_attempts: int = 6
+    connect_timeout: float = 30.0
+    stream_first_byte_timeout: float | None = None
+    stream_idle_timeout: float | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=FrozenDict)
     server_log_folder: str | Path | None = None
     server_log_max_bytes: int = 100 * 2**20
@@ -121,6 +133,9 @@ class InferenceConfig:
     served_model_name: str | None = None
     executable: str | None = None
     multi_node: bool | None = None
+    tls_ca_file: str | None = None
+    tls_cert_file: str | None = None
+    tls_key_file: str | None = None
 
     @property
     def ready_deadline_sec(self) -> float:
@@ -135,13 +150,16 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         self._one_of("server_type", SERVER_TYPES)
         self._one_of("transport", TRANSPORTS)
-        for name in ("tp", "dp", "pp", "model_max_context", "server_ready_max_attempts"):
+        for name in ("tp", "dp", "pp", "model_max_context", "server_ready_max_attempts", "request_max_attempts"):
             self._integer(name, 1, None)
         self._integer("master_port", 1, 65535)
         self._integer("server_log_max_bytes", 4096, None)
         self._integer("server_start_max_retries", 0, None)
-        for name in ("request_timeout", "server_start_timeout_sec", "server_ready_delay_sec"):
+        for name in ("request_timeout", "connect_timeout", "server_start_timeout_sec", "server_ready_delay_sec"):
             self._seconds(name, positive=True)
+        for name in ("stream_first_byte_timeout", "stream_idle_timeout"):
+            if getattr(self, name) is not None:
+                self._seconds(name, positive=True)
         self._seconds("shutdown_grace_sec", positive=False)
         for name in ("use_chat", "trust_remote_code"):
             self._instance(name, bool, "True or False")
@@ -149,7 +167,10 @@ class InferenceConfig:
             self._instance("multi_node", bool, "True, False or None")
         for name in ("model_name_or_path", "host"):
             self._text(name)
-        for name in ("endpoint_url", "api_key", "served_model_name", "executable"):
+        for name in (
+            *("endpoint_url", "api_key", "served_model_name", "executable"),
+            *("tls_ca_file", "tls_cert_file", "tls_key_file"),
+        ):
             if getattr(self, name) is not None:
                 self._text(name)
                 if not getattr(self, name):

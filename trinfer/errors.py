@@ -10,6 +10,7 @@ cause, what to do, and shows the engine's last log lines. Errors of lower layers
     ├── ConfigError                a value that the user chose is not possible (also a ValueError)
     ├── ServerError                the engine did not start, died, or was stopped
     └── InferenceError             one request failed, the engine may be fine
+        ├── StructuredOutputError  the answers did not fit the model that was asked for
         └── RequestError           … with what is known of the HTTP exchange
             ├── BadRequestError        400, 413, 422: final, the payload is at fault
             │   └── ContextLengthError     the prompt does not fit into the model's context
@@ -41,6 +42,7 @@ __all__ = [
     "RequestError",
     "RequestTimeout",
     "ServerError",
+    "StructuredOutputError",
     "TrinferError",
 ]
 
@@ -163,6 +165,16 @@ class InferenceError(TrinferError):
         super().__init__(message, cause=cause, advice=advice, log_tail=log_tail)
         self.status = status
         self.payload = payload
+
+
+class StructuredOutputError(InferenceError):
+    """The server answered, but not in the form that was asked for, however often it was asked again.
+
+    Attributes:
+        text: the last answer's text.
+    """
+
+    text: str = ""
 
 
 class RequestError(InferenceError):

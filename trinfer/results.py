@@ -28,6 +28,7 @@ class InferenceResult:
         tool_calls: the calls that the model asks for, as the server gave them.
         logprobs: kept as the server gave them.
         raw: the whole answer.
+        parsed: the text, read into the model that `InferenceServer.generate` was asked for; else None.
     """
 
     text: str
@@ -37,6 +38,7 @@ class InferenceResult:
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     logprobs: Any = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    parsed: Any = None
 
     @property
     def prompt_tokens(self) -> int:

@@ -107,7 +107,7 @@ async def test_load_time_latency_and_concurrency():
 
 
 async def test_a_full_queue_says_so():
-    async with dummy(latency=0.5, max_concurrency=1, queue_limit=1) as server:
+    async with dummy(latency=0.5, max_concurrency=1, queue_limit=1, request_max_attempts=1) as server:
         await server.wait_ready()
         outcomes: list[str] = []
 
@@ -138,7 +138,7 @@ async def test_injected_errors_depend_on_the_request_only():
 
 
 async def test_a_client_that_goes_away_frees_its_slot():
-    async with dummy(latency=30, max_concurrency=1, queue_limit=0) as server:
+    async with dummy(latency=30, max_concurrency=1, queue_limit=0, request_max_attempts=1) as server:
         await server.wait_ready()
         for _ in range(3):
             # Would the one before still hold the only slot, this would be refused with 429.

@@ -43,10 +43,11 @@ class DummyServer(InferenceServer):
         )
         listeners: list[trio.SocketListener]
         if self.uds is not None:
-            bound = trio.socket.from_stdlib_socket(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            await bound.bind(self.uds)
+            bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            bound.bind(self.uds)  # no checkpoint on the way, on which it could be left open
             bound.listen(BACKLOG)
-            listeners = [trio.SocketListener(bound)]
+            bound.setblocking(False)
+            listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(bound))]
         else:
             assert self.port is not None
             listeners = await trio.open_tcp_listeners(self.port, host=self.host, backlog=BACKLOG)

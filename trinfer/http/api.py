@@ -215,6 +215,11 @@ class JsonStream:
         self._over = False
         self.received = 0
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether the next step has its event already, and so neither waits nor checks for cancellation."""
+        return bool(self._events) and self._events[-1] != b"[DONE]"
+
     def __aiter__(self) -> Self:
         return self
 

@@ -11,32 +11,40 @@ from typing import TYPE_CHECKING
 import httpx
 
 from trinfer.errors import ConnectionLost, ProtocolError, RequestTimeout
+from trinfer.http.transport import TlsOptions
 
 if TYPE_CHECKING:
     from trinfer.http.origin import Origin
 
-__all__ = ["ControlClient"]
+__all__ = ["ControlClient", "HttpxClient"]
+
+HttpxClient = httpx.AsyncClient
 
 
 class ControlClient:
     """GET requests to one origin. Made lazily: a client costs milliseconds, and many servers never need a second look.
 
-    Proxies of the environment are used for endpoints elsewhere, and never for local engines.
+    ``tls`` is for https origins. Proxies of the environment are used for endpoints elsewhere, never for local engines.
     """
 
-    def __init__(self, origin: Origin, *, api_key: str | None = None) -> None:
+    def __init__(self, origin: Origin, *, api_key: str | None = None, tls: TlsOptions | None = None) -> None:
         self._origin = origin
+        self._tls = tls
         self._api_key = api_key
         self._client: httpx.AsyncClient | None = None
 
-    def _open(self) -> httpx.AsyncClient:
+    def open(self) -> HttpxClient:
+        """The client itself, for requests of the user's own; its base URL is the origin."""
         if self._client is None:
             local = self._origin.uds is not None or self._origin.host in {"127.0.0.1", "::1", "localhost"}
-            # No keep-alive: probes are rare, and servers that write an answer in two pieces (Python's http.server does)
+            # No keep-alive: probes are rare, and servers that write an answer in two pieces (as http.server does)
             # take 40 ms longer on a connection that is not fresh, by Nagle's algorithm and delayed acknowledgements.
             limits = httpx.Limits(max_keepalive_connections=0)
+            origin = self._origin
             self._client = httpx.AsyncClient(
+                base_url=f"{origin.scheme}://{origin.authority}{origin.base_path}/",
                 limits=limits,
+                verify=(self._tls or TlsOptions()).context() if origin.is_tls else False,
                 transport=httpx.AsyncHTTPTransport(uds=self._origin.uds, verify=False, limits=limits)
                 if local and not self._origin.is_tls  # without TLS there is no trust store to load
                 else None,
@@ -54,9 +62,8 @@ class ControlClient:
         Cancelled: httpx closes the connection.
         """
         base = self._origin
-        url = f"{base.scheme}://{base.authority}{base.base_path}{path}"
         try:
-            answer = await self._open().get(url, timeout=timeout)
+            answer = await self.open().get(path, timeout=timeout)
         except httpx.TimeoutException as error:
             raise RequestTimeout(f"GET {base.url}{path}: no answer within {timeout:g} s") from error
         except httpx.TransportError as error:

@@ -13,15 +13,19 @@ from __future__ import annotations
 import abc
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import trio
 
-from trinfer.errors import ConnectionLost, InferenceError
+from trinfer.errors import ServerError
 from trinfer.http.origin import Origin
 from trinfer.process.output import EngineLog
-from trinfer.server.lifecycle import Lifecycle, ServerState, Transition
+from trinfer.results import InferenceResult
+from trinfer.server.generation import StructuredModel, generation_payload, structured
+from trinfer.server.in_flight import InFlight, ServerStream
+from trinfer.server.lifecycle import Lifecycle, ServerState
 from trinfer.server.link import Link, local_origin
 from trinfer.server.node import SINGLE, Node, find_node
 from trinfer.server.supervisor import Supervisor
@@ -31,14 +35,14 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from trinfer.config import InferenceConfig
-    from trinfer.errors import ServerError
+    from trinfer.http.api import JsonStream
+    from trinfer.http.control import HttpxClient
     from trinfer.server.attempt import Attempt
 
 __all__ = ["InferenceServer"]
 
 logger = logging.getLogger(__name__)
 
-BREAK_BEFORE_VERDICT = 1.0  # seconds between a broken connection and the news that the engine has died
 CLEANUP_MARGIN = 10.0  # seconds beyond the grace period after which cleaning up is given up and reported
 LOG_FLUSH = 5.0  # seconds for the last lines to reach the disk
 
@@ -88,13 +92,12 @@ class InferenceServer(abc.ABC):
         self.node: Node = SINGLE
         self.log = EngineLog(None, max_bytes=config.server_log_max_bytes)
         self._lifecycle = Lifecycle(self.name)
-        self._lifecycle.observers.append(self._interrupt_requests)
+        self._in_flight = InFlight(self._lifecycle, self.is_local)
         self._supervisor = Supervisor(self, self._lifecycle)
         self._nursery_manager: Any = None
         self._nursery: trio.Nursery | None = None
         self._run_scope = trio.CancelScope()
         self._ended = trio.Event()
-        self._in_flight: set[trio.CancelScope] = set()
 
     # -- to be implemented by subclasses --------------------------------------------------------------------------
 
@@ -125,11 +128,7 @@ class InferenceServer(abc.ABC):
 
     async def _make_request(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Send one complete payload; subclasses may override it for engines with routes of their own."""
-        link = self._supervisor.link
-        if link is None:
-            raise self._lifecycle.down_error()
-        path = "/v1/chat/completions" if self.config.use_chat else "/v1/completions"
-        return await link.api.post_json(path, payload, timeout=self.config.request_timeout)
+        return await self._link().api.post_json(self.route, payload, timeout=self.config.request_timeout)
 
     # -- helpers for subclasses -----------------------------------------------------------------------------------
 
@@ -210,6 +209,11 @@ class InferenceServer(abc.ABC):
         return self._lifecycle
 
     @property
+    def route(self) -> str:
+        """Path of generation requests, by ``use_chat``."""
+        return "/v1/chat/completions" if self.config.use_chat else "/v1/completions"
+
+    @property
     def model(self) -> str:
         """Name of the model in requests: the configured one, else the first that the server offers."""
         return self.config.model or self._supervisor.found_model
@@ -234,28 +238,101 @@ class InferenceServer(abc.ABC):
 
         Cancelled: the request's connection is closed, so that the engine stops generating.
         """
+        await self._until_ready()
+        return await self._in_flight.answered(partial(self._make_request, self._complete(payload)), payload)
+
+    async def request(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
+        """POST to another route of the engine: embeddings, rerank, score, responses, tokenize, …
+
+        Args:
+            path: such as ``/v1/embeddings``.
+            payload: the model's name is filled in; generation parameters are not.
+
+        Raises, and when cancelled: as `make_request`.
+        """
+        await self._until_ready()
+        api = self._link().api
+        complete = {"model": self.model, **payload} if self.model else dict(payload)
+        send = partial(api.post_json, path, complete, timeout=self.config.request_timeout)
+        return await self._in_flight.answered(send, payload)
+
+    def stream_request(self, payload: Mapping[str, Any]) -> ServerStream:
+        """Send one request, and iterate over its chunks as they come.
+
+        ``async for chunk in server.stream_request(payload)``: chunks are the server's JSON objects, up to ``[DONE]``.
+        Leaving the loop early closes the connection when the stream is dropped; ``async with`` closes it at once.
+
+        Raises, in the loop: as `make_request`; errors after the first chunk say how many came. Cancelled: likewise.
+        """
+        return ServerStream(partial(self._open_stream, payload), self._in_flight, payload)
+
+    async def generate(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        *,
+        response_model: StructuredModel[Any] | None = None,
+        max_validation_retries: int = 2,
+        **params: Any,  # noqa: ANN401  # generation parameters, whatever the server knows
+    ) -> InferenceResult:
+        """One generation, for a prompt or a list of messages.
+
+        Args:
+            prompt: a text, or messages (on the chat route only).
+            response_model: a pydantic model. Its JSON schema is sent as ``response_format``, and the text is read into
+                it, as ``result.parsed``.
+            max_validation_retries: how often an answer that does not fit is asked for again.
+            params: max_tokens, temperature, ….
+
+        Raises:
+            StructuredOutputError: no answer fitted the response_model.
+            InferenceError, ServerError: as `make_request`. Cancelled: likewise.
+        """
+        payload = {**generation_payload(prompt, use_chat=self.config.use_chat), **params}
+        if response_model is None:
+            return InferenceResult.from_response(await self.make_request(payload))
+        return await structured(self.make_request, payload, response_model, max_validation_retries)
+
+    @property
+    def openai_base_url(self) -> str:
+        """URL for clients of the user's own, with ``/v1``; the key is `api_key`.
+
+        Raises:
+            ServerError: the engine is reached through a unix socket, or does not run.
+        """
+        if self.uds is not None:
+            raise ServerError(
+                f"{self.name} listens on a unix socket", advice='use transport="tcp" for clients of your own'
+            )
+        return f"{self.get_base_url()}/v1"
+
+    @property
+    def api_key(self) -> str | None:
+        """The key that the engine or endpoint asks for; None without one."""
+        return self._api_key()
+
+    @property
+    def http(self) -> HttpxClient:
+        """An `httpx.AsyncClient` for everything else; its base URL is the engine's. Closed with the server."""
+        return self._link().http
+
+    async def _until_ready(self) -> None:
         if self._lifecycle.state is not ServerState.READY:
             await self.wait_ready()
+
+    async def _open_stream(self, payload: Mapping[str, Any]) -> JsonStream:
+        await self._until_ready()
+        return self._link().api.stream_json(self.route, self._complete(payload), timeout=self.config.request_timeout)
+
+    def _link(self) -> Link:
+        if self._supervisor.link is None:
+            raise self._lifecycle.down_error()
+        return self._supervisor.link
+
+    def _complete(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         complete: dict[str, Any] = {**self.config.default_generation_params, **payload}
         if self.model:
             complete.setdefault("model", self.model)
-        with trio.CancelScope() as scope:
-            self._in_flight.add(scope)
-            try:
-                return await self._make_request(complete)
-            except ConnectionLost:
-                # Most often the engine's death, of which the monitor is about to tell.
-                with trio.move_on_after(BREAK_BEFORE_VERDICT if self.is_local else 0):
-                    await self._lifecycle.down.wait()
-                if self._lifecycle.state is not ServerState.READY:
-                    raise self._lifecycle.down_error() from None
-                raise
-            except InferenceError as error:
-                error.payload = payload
-                raise
-            finally:
-                self._in_flight.discard(scope)
-        raise self._lifecycle.down_error()
+        return complete
 
     async def server_cleanup(self) -> None:
         """Stop the engine and wait until nothing of it is left; idempotent.
@@ -363,12 +440,6 @@ class InferenceServer(abc.ABC):
         finally:
             self._ended.set()
 
-    def _interrupt_requests(self, transition: Transition) -> None:
-        """Requests in flight get nothing from a server that is down; `make_request` tells them why."""
-        if transition.after in {ServerState.FAILED, ServerState.STOPPED}:
-            for scope in tuple(self._in_flight):
-                scope.cancel()
-
     def has_own_readiness(self) -> bool:
         """Whether a subclass decides itself what ready means."""
         return type(self).is_ready is not InferenceServer.is_ready
@@ -379,7 +450,7 @@ class InferenceServer(abc.ABC):
             origin = Origin.from_url(self.get_base_url())
         else:
             origin = local_origin(self._current(), self.host)
-        return Link(origin, self._api_key())
+        return Link(origin, self._api_key(), self.config)
 
     def _api_key(self) -> str | None:
         return self.config.api_key

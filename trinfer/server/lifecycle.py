@@ -151,6 +151,10 @@ class Lifecycle:
         """A fresh error that says why the server is down."""
         if self._failure is not None:
             return self._failure.fresh()
+        if self._state is ServerState.STARTING:
+            return ServerError(
+                f"{self._name} is still starting", advice="await server.wait_ready() first", server=self._name
+            )
         if self._attempt.number == 0:
             return ServerError(
                 f"{self._name} has not been started",

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from trinfer.errors import InferenceError
-from trinfer.http.api import ApiClient
-from trinfer.http.control import ControlClient
+from trinfer.errors import InferenceError, ServerError
+from trinfer.http.api import ApiClient, Timeouts
+from trinfer.http.control import ControlClient, HttpxClient
 from trinfer.http.origin import Origin
+from trinfer.http.retry import RetryPolicy
+from trinfer.http.transport import TlsOptions
 from trinfer.server.readiness import accepts_connections, served_models
 
 if TYPE_CHECKING:
+    from trinfer.config import InferenceConfig
     from trinfer.server.attempt import Attempt
 
 __all__ = ["Link", "local_origin", "reachable"]
@@ -24,10 +27,28 @@ PROBE_TIMEOUT = 5.0  # seconds for one look; SGLang is known to take one
 class Link:
     """Clients for one origin. ``api`` carries requests, ``models`` asks whether anybody answers."""
 
-    def __init__(self, origin: Origin, api_key: str | None) -> None:
+    def __init__(self, origin: Origin, api_key: str | None, config: InferenceConfig) -> None:
         self.origin = origin
-        self.api = ApiClient(origin, api_key=api_key)
-        self._control = ControlClient(origin, api_key=api_key)
+        tls = TlsOptions(config.tls_ca_file, config.tls_cert_file, config.tls_key_file)
+        try:
+            self.api = ApiClient(
+                origin,
+                api_key=api_key,
+                retry=RetryPolicy(max_attempts=config.request_max_attempts),
+                timeouts=Timeouts(config.connect_timeout, config.stream_first_byte_timeout, config.stream_idle_timeout),
+                tls=tls,
+            )
+        except (OSError, ValueError) as error:
+            raise ServerError(
+                f"the connection to {origin.url} cannot be set up: {error}",
+                advice="check tls_ca_file, tls_cert_file, tls_key_file, and the proxy variables of the environment",
+            ) from error
+        self._control = ControlClient(origin, api_key=api_key, tls=tls)
+
+    @property
+    def http(self) -> HttpxClient:
+        """An httpx client for the same origin."""
+        return self._control.open()
 
     async def models(self) -> tuple[int, bytes]:
         """Status and body of ``GET /v1/models``; status 0 where nothing answers."""
