@@ -148,6 +148,31 @@ async def test_a_client_that_goes_away_frees_its_slot():
             await trio.sleep(0.05)
 
 
+class Robbed(DummyServer):
+    """Its first port is taken by somebody else between lease and bind."""
+
+    thieves: list[trio.SocketListener]
+    ports: list[int]
+
+    async def start_server(self) -> trio.Process | None:
+        assert self.port is not None
+        self.ports.append(self.port)
+        if not self.thieves:
+            self.thieves += await trio.open_tcp_listeners(self.port, host=self.host)
+        return await super().start_server()
+
+
+async def test_a_port_taken_after_its_lease_costs_no_start_attempt():
+    server = Robbed(InferenceConfig("dummy", transport="tcp", server_start_max_retries=0))
+    server.thieves, server.ports = [], []
+    async with server:
+        assert text_of(await server.make_request(CHAT))
+        assert len(set(server.ports)) == 2
+        assert server.port == server.ports[1]
+    for thief in server.thieves:
+        await thief.aclose()
+
+
 @pytest.mark.parametrize(
     "options",
     [
