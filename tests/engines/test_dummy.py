@@ -1,8 +1,7 @@
-"""The dummy engine, asked by trinfer, by the official client, and by clients that misbehave."""
+"""The dummy engine, asked by trinfer and by the official client."""
 
 from __future__ import annotations
 
-import json
 from functools import partial
 
 import openai
@@ -149,6 +148,31 @@ async def test_a_client_that_goes_away_frees_its_slot():
             await trio.sleep(0.05)
 
 
+class Robbed(DummyServer):
+    """Its first port is taken by somebody else between lease and bind."""
+
+    thieves: list[trio.SocketListener]
+    ports: list[int]
+
+    async def start_server(self) -> trio.Process | None:
+        assert self.port is not None
+        self.ports.append(self.port)
+        if not self.thieves:
+            self.thieves += await trio.open_tcp_listeners(self.port, host=self.host)
+        return await super().start_server()
+
+
+async def test_a_port_taken_after_its_lease_costs_no_start_attempt():
+    server = Robbed(InferenceConfig("dummy", transport="tcp", server_start_max_retries=0))
+    server.thieves, server.ports = [], []
+    async with server:
+        assert text_of(await server.make_request(CHAT))
+        assert len(set(server.ports)) == 2
+        assert server.port == server.ports[1]
+    for thief in server.thieves:
+        await thief.aclose()
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -205,56 +229,3 @@ async def test_an_endpoint_that_is_not_there():
     async with EndpointServer(config) as server:
         with pytest.raises(ServerError, match=r"not ready within 0\.3 s"):
             await server.make_request(CHAT)
-
-
-# -- the HTTP server under clients that misbehave -------------------------------------------------------------------
-
-
-async def raw(server: DummyServer, *pieces: bytes) -> bytes:
-    stream = await trio.open_unix_socket(server.uds)
-    async with stream:
-        for piece in pieces:
-            await stream.send_all(piece)
-            await trio.sleep(0)
-        received = b""
-        with trio.move_on_after(1):
-            while more := await stream.receive_some(65536):
-                received += more
-        return received
-
-
-BODY = json.dumps(CHAT).encode()
-POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
-GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    ("pieces", "statuses"),
-    [
-        ([GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")], [200]),
-        ([bytes([byte]) for byte in GET + GET], [200, 200]),
-        ([GET + POST + GET], [200, 200, 200]),
-        ([POST[:-10], POST[-10:]], [200]),
-        ([b"GET /health HTTP/1.0\r\n\r\n"], [200]),
-        ([b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n"], [404]),
-        ([b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n"], [404]),
-        ([b"nonsense\r\n\r\n"], [400]),
-        ([b"POST /v1/completions HTTP/1.1\r\nContent-Length: 4\r\n\r\nnope"], [400]),
-        ([b"GET /health HTTP/1.1\r\nX: " + b"x" * 200_000], [431]),
-        ([b"POST / HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n" + b"x" * 100], []),
-        (
-            [
-                b"POST /v1/chat/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n"
-                % (len(BODY), BODY)
-            ],
-            [200],
-        ),
-        ([POST.replace(b"Host: x", b"Expect: 100-continue").removesuffix(BODY), BODY], [100, 200]),
-    ],
-)
-async def test_requests_as_they_come(pieces, statuses):
-    async with dummy(transport="uds") as server:
-        await server.wait_ready()
-        received = await raw(server, *pieces)
-        assert [int(part[:3]) for part in received.split(b"HTTP/1.1 ")[1:]] == statuses
-        assert await server.is_ready()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from typing import TYPE_CHECKING, ClassVar
 
@@ -9,6 +10,7 @@ import trio
 
 from trinfer.engines.dummy_app import DummyApp, DummyOptions
 from trinfer.http.serving import serve_http
+from trinfer.server.attempt import PortTaken
 from trinfer.server.base import InferenceServer
 
 if TYPE_CHECKING:
@@ -50,7 +52,13 @@ class DummyServer(InferenceServer):
             listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(bound))]
         else:
             assert self.port is not None
-            listeners = await trio.open_tcp_listeners(self.port, host=self.host, backlog=BACKLOG)
+            try:
+                listeners = await trio.open_tcp_listeners(self.port, host=self.host, backlog=BACKLOG)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                # Bound since it was leased, by a program that knows no leases: another port costs no start attempt.
+                raise PortTaken(f"{self.name}: port {self.port} is in use") from error
         await self.start_task(serve_http, app, listeners)
         return None
 

@@ -13,6 +13,7 @@ import random
 import time
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import trio
 
@@ -133,26 +134,38 @@ class DummyApp:
             return json_response({"error": error}, refusal.status, refusal.headers)
 
     async def _route(self, request: HttpRequest) -> HttpResponse:
-        if self._api_key is not None and request.headers.get("authorization") != f"Bearer {self._api_key}":
+        path = request.path
+        # As with vLLM, probes and counters need no key.
+        if (
+            self._api_key is not None
+            and path.startswith("/v1/")
+            and request.headers.get("authorization") != f"Bearer {self._api_key}"
+        ):
             raise _Refusal(401, "Unauthorized", "AuthenticationError")
         if trio.current_time() - self._began < self._options.load_time:
             raise _Refusal(503, "Loading model", "unavailable_error")
-        match request.method, request.path:
+        entry = {"id": self._model, "object": "model", "created": 0, "owned_by": "trinfer"}
+        match request.method, path:
             case "GET", "/health":
                 return json_response({"status": "ok"})
             case "GET", "/v1/models":
-                entry = {"id": self._model, "object": "model", "created": 0, "owned_by": "trinfer"}
                 return json_response({"object": "list", "data": [entry]})
+            case "GET", _ if path.startswith("/v1/models/"):
+                self._check_model(unquote(path.removeprefix("/v1/models/")))
+                return json_response(entry)
             case "POST", "/v1/chat/completions":
                 return await self._complete(request, chat=True)
             case "POST", "/v1/completions":
                 return await self._complete(request, chat=False)
-        raise _Refusal(404, f"no route {request.method} {request.path}", "NotFoundError")
+        raise _Refusal(404, f"no route {request.method} {path}", "NotFoundError")
+
+    def _check_model(self, name: Any) -> None:  # noqa: ANN401  # from a payload: anything
+        if name is not None and name != self._model:
+            raise _Refusal(404, f"The model `{name}` does not exist.", "NotFoundError")
 
     async def _complete(self, request: HttpRequest, *, chat: bool) -> HttpResponse:
         payload = _read_payload(request.body)
-        if payload.get("model", self._model) != self._model:
-            raise _Refusal(404, f"The model `{payload['model']}` does not exist.", "NotFoundError")
+        self._check_model(payload.get("model"))
         prompts = _chat_prompt(payload) if chat else _prompts(payload)
         limit = _max_tokens(payload)
         for prompt in prompts:
@@ -167,14 +180,14 @@ class DummyApp:
         copies = 1 if payload.get("n") is None else payload["n"]
         if not isinstance(copies, int) or isinstance(copies, bool) or not 1 <= copies <= 128:
             raise _Refusal(400, "n must be an integer from 1 to 128")
+        streaming, with_usage = _stream_options(payload)
         self._maybe_fail(prompts)
         self._check_queue()
         self.requests += 1
         generations = [self._generate(prompt, limit, copy) for prompt in prompts for copy in range(copies)]
         answer = _Answer(self._model, prompts, generations, chat=chat, number=self.requests)
-        if payload.get("stream"):
-            usage = bool((payload.get("stream_options") or {}).get("include_usage"))
-            return HttpResponse(200, b"", {"Content-Type": "text/event-stream"}, self._stream(answer, usage))
+        if streaming:
+            return HttpResponse(200, b"", {"Content-Type": "text/event-stream"}, self._stream(answer, with_usage))
         async with self._slots or contextlib.nullcontext():
             await trio.sleep(self._work(max(len(g.words) for g in generations)))
         return json_response(answer.whole())
@@ -297,6 +310,19 @@ def _max_tokens(payload: dict[str, Any]) -> int:
     return DEFAULT_MAX_TOKENS
 
 
+def _stream_options(payload: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether to stream, and whether to end with the usage."""
+    streaming = payload.get("stream")
+    if not isinstance(streaming, bool | None):
+        raise _Refusal(400, f"stream must be true or false, got {streaming!r}")
+    options = payload.get("stream_options")
+    if not isinstance(options, dict | None):
+        raise _Refusal(400, "stream_options must be an object")
+    if options is not None and not streaming:
+        raise _Refusal(400, "stream_options can only be defined when stream is true")
+    return bool(streaming), bool(options and options.get("include_usage"))
+
+
 def _chat_prompt(payload: dict[str, Any]) -> list[str]:
     messages = payload.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -307,7 +333,9 @@ def _chat_prompt(payload: dict[str, Any]) -> list[str]:
             raise _Refusal(400, "each message must be an object with a role")
         content = message.get("content")
         if isinstance(content, list):  # parts: texts, images
-            content = " ".join(str(part.get("text", part.get("type"))) for part in content if isinstance(part, dict))
+            if not all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content):
+                raise _Refusal(400, "each part of a message's content must be an object with a type")
+            content = " ".join(str(part.get("text", part["type"])) for part in content)
         if content is not None and not isinstance(content, str):
             raise _Refusal(400, "a message's content must be a text or a list of parts")
         texts.append(f"{message['role']}: {content or ''}")
@@ -322,8 +350,12 @@ def _prompts(payload: dict[str, Any]) -> list[str]:
     if isinstance(prompt, list) and prompt:
         if all(isinstance(part, str) for part in prompt):
             return list(prompt)
-        if all(isinstance(part, int) for part in prompt):
+        if _are_tokens(prompt):
             return [" ".join(map(str, prompt))]
-        if all(isinstance(part, list) and all(isinstance(token, int) for token in part) for part in prompt):
+        if all(isinstance(part, list) and part and _are_tokens(part) for part in prompt):
             return [" ".join(map(str, part)) for part in prompt]
     raise _Refusal(400, "prompt must be a text, a list of texts, or token ids")
+
+
+def _are_tokens(values: list[Any]) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 for value in values)

@@ -1,11 +1,14 @@
 """A small HTTP/1.1 server inside the trio loop: for engines that are trinfer's own.
 
 Rules: no thread, and no task that outlives `serve_http`. Requests of one connection are answered in order. A client
-that goes away cancels its handler, as it must be with generations: nobody is left to read them.
+that goes away cancels its handler, as it must be with generations: nobody is left to read them. A client that closes
+only its sending side counts as gone: the two look the same. What a client or a handler does wrong costs that client its
+connection, never the server.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import logging
@@ -27,6 +30,7 @@ CHUNK = 65536
 MAX_HEADER_BYTES = 64 * 1024
 MAX_BODY_BYTES = 64 * 2**20
 READ_AHEAD = 16  # requests of one client that may wait for the one before
+LINGER = 2.0  # seconds for a client to read why it was refused
 IDLE_TIMEOUT = 120.0  # seconds that a client may keep a connection without asking anything
 
 
@@ -39,6 +43,7 @@ class HttpRequest:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     keep_alive: bool = True
+    version: str = "1.1"
 
     @property
     def path(self) -> str:
@@ -67,27 +72,43 @@ class _BadRequest(Exception):
 
 
 class _Parser:
-    """Collects the requests of one connection."""
+    """Collects the requests of one connection; after the first one that is wrong it takes no more."""
 
     def __init__(self) -> None:
-        self._parser = httptools.HttpRequestParser(self)
-        self._current = HttpRequest()
-        self._url = b""
         self._body: list[bytes] = []
-        self._header_bytes = self._size = 0
-        self._in_body = False
+        self._begin()
         self.expects_continue = False
-        self.ready: list[HttpRequest] = []
+        self.ready: collections.deque[HttpRequest] = collections.deque()
+        self.refusal: _BadRequest | None = None  # what to say when everything before it has been answered
+
+    def _begin(self) -> None:
+        self._parser = httptools.HttpRequestParser(self)
+        self.on_message_begin()
 
     def feed(self, data: bytes) -> None:
+        if self.refusal is not None:
+            return
+        try:
+            self._feed(data)
+        except _BadRequest as error:
+            self.refusal = error
+            self.expects_continue = False
+
+    def _feed(self, data: bytes) -> None:
         if not self._in_body:
             self._header_bytes += len(data)
             if self._header_bytes > MAX_HEADER_BYTES + CHUNK:
                 raise _BadRequest(431, "the headers are too long")
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as error:
-            raise _BadRequest(400, "no other protocol is spoken here") from error
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._parser.get_method() == b"CONNECT":
+                raise _BadRequest(400, "this is no proxy") from upgrade
+            # Some clients offer HTTP/2 with every request. The offer may be ignored, but the parser stops at it, before
+            # the body: it gets the same request again, without the offer.
+            head = self._head_without_upgrade()
+            self._begin()
+            self._feed(head + data[upgrade.args[0] :])
         except httptools.HttpParserCallbackError as error:
             if isinstance(error.__context__, _BadRequest):
                 raise error.__context__ from None
@@ -95,33 +116,65 @@ class _Parser:
         except httptools.HttpParserError as error:
             raise _BadRequest(400, f"this is not HTTP/1.1: {error}") from error
 
+    def _head_without_upgrade(self) -> bytes:
+        version = self._parser.get_http_version().encode()
+        lines = [self._parser.get_method() + b" " + self._url + b" HTTP/" + version]
+        for name, value in self._current.headers.items():
+            kept = value
+            if name == "connection":
+                options = [option.strip() for option in value.split(",")]
+                kept = ", ".join(option for option in options if option.lower() != "upgrade")
+            if name != "upgrade":
+                lines.append(f"{name}: {kept}".encode("latin-1"))
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
     def on_message_begin(self) -> None:
         self._current, self._url, self._body = HttpRequest(), b"", []
         self._header_bytes = self._size = 0
+        self._in_body = self._has_headers = False
 
     def on_url(self, url: bytes) -> None:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._current.headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip()
+        if self._has_headers:
+            return  # a trailer: nobody here has asked for one
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1").strip()
+        before = self._current.headers.get(key)
+        self._current.headers[key] = text if before is None else f"{before}, {text}"
 
     def on_headers_complete(self) -> None:
-        self._in_body = True
-        self.expects_continue = self._current.headers.get("expect", "").lower() == "100-continue"
+        self._in_body = self._has_headers = True
+        request = self._current
+        request.version = self._parser.get_http_version()
+        if request.version not in {"1.0", "1.1"}:
+            raise _BadRequest(505, f"HTTP/{request.version} is not spoken here")
+        if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES:
+            raise _BadRequest(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+        expected = request.headers.get("expect", "").lower()
+        self.expects_continue = expected == "100-continue" and request.version == "1.1"
+
+    def on_chunk_header(self) -> None:
+        self._in_body = False  # the last chunk has no body: from here on trailers count as headers
 
     def on_body(self, body: bytes) -> None:
+        self._in_body = True
+        self._header_bytes = 0
         self._size += len(body)
         if self._size > MAX_BODY_BYTES:
             raise _BadRequest(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
         self._body.append(body)
 
     def on_message_complete(self) -> None:
+        if self._parser.should_upgrade():
+            return  # see _feed
         request = self._current
         request.method = self._parser.get_method().decode("latin-1")
         request.target = self._url.decode("latin-1")
         request.body = b"".join(self._body)
         request.keep_alive = self._parser.should_keep_alive()
         self._in_body = self.expects_continue = False
+        self._body = []
         self.ready.append(request)
 
 
@@ -165,30 +218,39 @@ async def _converse(stream: trio.SocketStream, handler: Callable[[HttpRequest], 
     parser = _Parser()
     try:
         while True:
-            while not parser.ready:
+            while not parser.ready and parser.refusal is None:
+                if parser.expects_continue:
+                    parser.expects_continue = False
+                    await stream.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
                 with trio.move_on_after(IDLE_TIMEOUT):
                     data = await stream.receive_some(CHUNK)
                     if not data:
                         return
                     parser.feed(bytes(data))
-                    if parser.expects_continue:
-                        parser.expects_continue = False
-                        await stream.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
                     continue
                 return
-            request = parser.ready.pop(0)
+            if not parser.ready:
+                assert parser.refusal is not None
+                await _refuse(stream, parser.refusal)
+                return
+            request = parser.ready.popleft()
             if not await _answer(stream, parser, request, handler) or not request.keep_alive:
                 return
-    except _BadRequest as error:
-        response = json_response({"error": {"message": str(error), "code": error.status}}, error.status)
-        try:
-            await stream.send_all(_head(response, len(response.body), keep_alive=False) + response.body)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         return
     finally:
         stream.socket.close()
+
+
+async def _refuse(stream: trio.SocketStream, refusal: _BadRequest) -> None:
+    """Say what was wrong, as the last words of the connection."""
+    response = json_response({"error": {"message": str(refusal), "code": refusal.status}}, refusal.status)
+    await stream.send_all(_head(response, HttpRequest(keep_alive=False)) + response.body)
+    # Closing with unread bytes resets the connection, and takes the answer from a client that is still sending.
+    await stream.send_eof()
+    with trio.move_on_after(LINGER):
+        while await stream.receive_some(CHUNK):
+            pass
 
 
 async def _answer(
@@ -199,61 +261,97 @@ async def _answer(
 ) -> bool:
     """Answer one request while listening for the client's end; False when the connection is of no more use."""
     alive = False
-    refused: _BadRequest | None = None
 
     async def respond() -> None:
         nonlocal alive
-        try:
-            response = await handler(request)
-        except Exception:
-            logger.exception("a request failed: %s %s", request.method, request.path)
-            response = json_response({"error": {"message": "internal error", "code": 500}}, 500)
-        try:
-            await _send(stream, response, request)
-            alive = True
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
+        alive = await _respond(stream, request, handler)
         nursery.cancel_scope.cancel()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(respond)
-        try:
-            # A client that asks the next thing before it has its answer is read ahead, within bounds.
-            while len(parser.ready) < READ_AHEAD and (data := await stream.receive_some(CHUNK)):
-                parser.feed(bytes(data))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
-        except _BadRequest as error:
-            refused = error
-        if len(parser.ready) < READ_AHEAD:  # it is gone, or talks nonsense
-            nursery.cancel_scope.cancel()
-    if refused is not None:
-        raise refused
+        await _read_ahead(stream, parser)
+        nursery.cancel_scope.cancel()  # the client is gone
     return alive
 
 
-def _head(response: HttpResponse, length: int | None, *, keep_alive: bool) -> bytes:
+async def _read_ahead(stream: trio.SocketStream, parser: _Parser) -> None:
+    """Take in what the client sends before it has its answer, within bounds; return when it has gone."""
+    try:
+        while len(parser.ready) < READ_AHEAD:
+            data = await stream.receive_some(CHUNK)
+            if not data:
+                return
+            parser.feed(bytes(data))
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        return
+    await trio.sleep_forever()
+
+
+async def _respond(
+    stream: trio.SocketStream, request: HttpRequest, handler: Callable[[HttpRequest], Awaitable[HttpResponse]]
+) -> bool:
+    """Have the request handled, and send what comes of it; True when all was sent.
+
+    Nothing that a handler does wrong may end the server: it costs its own client the answer.
+    """
+    try:
+        response = await handler(request)
+        head = _head(response, request)
+    except Exception:
+        logger.exception("a request failed: %s %s", request.method, request.path)
+        response = json_response({"error": {"message": "internal error", "code": 500}}, 500)
+        head = _head(response, request)
+    try:
+        await _send(stream, head, response, request)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        return False
+    except Exception:
+        # The status is on its way already: only breaking off tells the client.
+        logger.exception("an answer broke off: %s %s", request.method, request.path)
+        return False
+    return True
+
+
+def _has_body(response: HttpResponse) -> bool:
+    return response.status >= 200 and response.status not in {204, 304}
+
+
+def _head(response: HttpResponse, request: HttpRequest) -> bytes:
+    """Status line and headers; ``request.keep_alive`` becomes what the connection can do after this answer."""
     try:
         phrase = HTTPStatus(response.status).phrase
     except ValueError:
         phrase = "Unknown"
     lines = [f"HTTP/1.1 {response.status} {phrase}"]
     lines += [f"{name}: {value}" for name, value in response.headers.items()]
-    lines.append("Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}")
-    if not keep_alive:
+    if any("\r" in line or "\n" in line for line in lines):
+        raise ValueError("a header of the answer has a line break")
+    if _has_body(response):
+        if response.stream is None:
+            lines.append(f"Content-Length: {len(response.body)}")
+        elif request.version == "1.0":
+            request.keep_alive = False  # HTTP/1.0 has no chunks: the end of the connection is the end of the answer
+        else:
+            lines.append("Transfer-Encoding: chunked")
+    if not request.keep_alive:
         lines.append("Connection: close")
+    elif request.version == "1.0":
+        lines.append("Connection: keep-alive")
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-async def _send(stream: trio.SocketStream, response: HttpResponse, request: HttpRequest) -> None:
-    keep_alive = request.keep_alive
+async def _send(stream: trio.SocketStream, head: bytes, response: HttpResponse, request: HttpRequest) -> None:
+    silent = request.method == "HEAD" or not _has_body(response)
     if response.stream is None:
-        body = b"" if request.method == "HEAD" else response.body
-        await stream.send_all(_head(response, len(response.body), keep_alive=keep_alive) + body)
+        await stream.send_all(head if silent else head + response.body)
         return
-    await stream.send_all(_head(response, None, keep_alive=keep_alive))
+    chunked = request.version != "1.0"
     async with contextlib.aclosing(response.stream) as chunks:
+        await stream.send_all(head)
+        if silent:
+            return
         async for chunk in chunks:
             if chunk:
-                await stream.send_all(b"%x\r\n%s\r\n" % (len(chunk), chunk))
-    await stream.send_all(b"0\r\n\r\n")
+                await stream.send_all(b"%x\r\n%s\r\n" % (len(chunk), chunk) if chunked else chunk)
+    if chunked:
+        await stream.send_all(b"0\r\n\r\n")

@@ -2,7 +2,9 @@
 
 Stands alone and uses the standard library only: ``python fake_engine.py --port 8000 --ready-after 2 --deaf``. It
 answers ``/v1/models``, ``/health``, ``/metrics``, completions and chat like an OpenAI-compatible engine; the answer
-repeats the prompt, so that a test can tell whose answer it has. Every fault is an option; see ``--help``.
+repeats the prompt, so that a test can tell whose answer it has. Every fault is an option; see ``--help``. Where the
+command line is somebody else's, faults can be given as JSON in the environment instead:
+``FAKE_ENGINE_FAULTS='{"ready-after": 2, "deaf": true, "print": ["one", "two"]}'``.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any, NoReturn
 
 MARK = "echo: "
 BODY_END = b"\r\n\r\n"
+FAULTS = "FAKE_ENGINE_FAULTS"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -48,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     crash.add_argument("--crash-at", default="", help="before-bind, loading, ready:SECONDS or request:N")
     crash.add_argument("--exit-code", type=int, default=1)
     crash.add_argument("--signal", default="", help="die by this signal instead, such as SIGSEGV")
-    tree = parser.add_argument_group("processes")
+    tree = parser.add_argument_group("processes", "children keep the engine's stderr open, also when it has ended")
     tree.add_argument("--deaf", action="store_true", help="ignore SIGTERM and SIGINT")
     tree.add_argument("--slow-stop", type=float, default=0, help="time between SIGTERM and the exit")
     tree.add_argument("--children", type=int, default=0, help="workers in the same process group")
@@ -63,16 +66,33 @@ def parse(argv: list[str]) -> argparse.Namespace:
     output.add_argument("--print", action="append", default=[], metavar="LINE", help="write this line at the start")
     output.add_argument("--print-at-request", nargs=2, action="append", default=[], metavar=("N", "LINE"))
     output.add_argument("--flood", type=int, default=0, help="bytes of lines to write at the start")
+    output.add_argument("--chatter", type=int, default=0, help="bytes of lines per second, for as long as it lives")
     output.add_argument("--long-line", type=int, default=0, help="a line of so many bytes")
     output.add_argument("--bad-utf8", action="store_true")
     output.add_argument("--progress-bar", action="store_true", help="a progress bar with carriage returns")
     serve = parser.add_argument_group("requests")
     serve.add_argument("--wedge-after", type=int, default=-1, help="answer N requests, then no more; health stays 200")
     serve.add_argument("--status-at", nargs=2, action="append", default=[], metavar=("N", "STATUS"))
+    serve.add_argument("--stall-at", nargs=2, action="append", default=[], metavar=("N", "SECONDS"))
     serve.add_argument("--retry-after", default="", help="header that goes with --status-at")
     serve.add_argument("--reset-at", type=int, default=-1, help="reset the connection in the middle of answer N")
     serve.add_argument("--aborted-file", help="append a line here when a client goes away before its answer")
-    return parser.parse_args(argv)
+    options = parser.parse_args([*from_environment(), *argv])
+    phase, _, number = options.crash_at.partition(":")
+    if phase not in {"", "before-bind", "loading", "ready", "request"} or (phase == "request" and not number.isdigit()):
+        parser.error(f"--crash-at {options.crash_at}: allowed are before-bind, loading, ready:SECONDS, request:N")
+    return options
+
+
+def from_environment() -> list[str]:
+    """The options in `FAULTS`: a value, true for a flag, or a list for an option that may be repeated."""
+    options: list[str] = []
+    for name, value in json.loads(os.environ.get(FAULTS, "{}")).items():
+        for one in value if isinstance(value, list) else [value]:
+            values = one if isinstance(one, list) else [one]
+            if one is not False:
+                options += [f"--{name}", *(str(part) for part in values if part is not True)]
+    return options
 
 
 def say(data: bytes) -> None:
@@ -141,6 +161,13 @@ def talk(options: argparse.Namespace) -> None:
         say(block)
 
 
+def chatter(rate: int) -> None:
+    line = b"chatter " + b"." * 91 + b"\n"
+    while True:
+        say(line * max(1, rate // 100 // len(line)))
+        time.sleep(0.01)
+
+
 def count_start(path: str) -> int:
     with open(path, "ab") as file:
         file.write(b".")
@@ -201,7 +228,7 @@ class Engine:
                 body, data = data[:length], data[length:]
                 method, path = lines[0].split(" ")[:2]
                 self.answer(client, method, path, body)
-        except OSError:
+        except (OSError, ValueError):  # it is gone, or speaks no HTTP
             pass
         finally:
             client.close()
@@ -214,34 +241,31 @@ class Engine:
         elif path == "/v1/models":
             self.send(client, 200, {"object": "list", "data": [{"id": self.options.model, "object": "model"}]})
         elif path == "/metrics":
-            self.send_text(
-                client,
-                f"vllm:num_requests_running {self.running}\nvllm:generation_tokens_total {self.tokens}\n"
-                f"vllm:request_success_total {self.requests - self.running}\n",
-            )
+            self.send_metrics(client)
         elif method == "POST" and path in {"/v1/completions", "/v1/chat/completions"}:
             with self.lock:
                 self.requests += 1
                 self.running += 1
                 number = self.requests
             try:
-                self.complete(client, number, json.loads(body), chat="chat" in path)
+                self.complete(client, number, body, chat="chat" in path)
             finally:
                 with self.lock:
                     self.running -= 1
         else:
             self.send(client, 404, {"error": {"message": f"no route {path}"}})
 
-    def complete(self, client: socket.socket, number: int, payload: dict[str, Any], *, chat: bool) -> None:
+    def complete(self, client: socket.socket, number: int, body: bytes, *, chat: bool) -> None:
         options = self.options
         for at, line in options.print_at_request:
             if int(at) == number:
                 say(line.encode() + b"\n")
         if options.crash_at == f"request:{number}":
             crash(options)
+        patience = options.latency + sum(float(seconds) for at, seconds in options.stall_at if int(at) == number)
         if 0 <= options.wedge_after < number:
-            time.sleep(600)
-        if self.gone_within(client, options.latency):
+            patience = 600
+        if self.gone_within(client, patience):
             if options.aborted_file:
                 with open(options.aborted_file, "a", encoding="utf-8") as file:
                     file.write(f"{number}\n")
@@ -250,12 +274,17 @@ class Engine:
             if int(at) == number:
                 self.send(client, int(status), {"error": {"message": f"status {status} to order"}}, options.retry_after)
                 return
-        prompt = payload["messages"][-1]["content"] if chat else payload["prompt"]
-        words = (MARK + prompt).split(" ")[: payload.get("max_tokens") or 1000]
+        try:
+            payload = json.loads(body)
+            prompt = payload["messages"][-1]["content"] if chat else payload["prompt"]
+            words = (MARK + prompt).split(" ")[: payload.get("max_tokens") or 1000]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            self.send(client, 400, {"error": {"message": f"not a request that is understood here: {error!r}"}})
+            return
         with self.lock:
             self.tokens += len(words)
         if payload.get("stream"):
-            self.stream(client, words, chat=chat)
+            self.stream(client, number, words, chat=chat)
             return
         text = " ".join(words)
         choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
@@ -270,9 +299,13 @@ class Engine:
         }
         if options.reset_at == number:
             client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            raise ConnectionAbortedError
+            self.reset(client)
         self.send(client, 200, answer)
+
+    @staticmethod
+    def reset(client: socket.socket) -> NoReturn:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raise ConnectionAbortedError
 
     @staticmethod
     def gone_within(client: socket.socket, seconds: float) -> bool:
@@ -284,25 +317,50 @@ class Engine:
             return client.recv(1, socket.MSG_PEEK) == b""
         except TimeoutError:
             return False
+        except OSError:
+            return True
         finally:
             client.settimeout(None)
 
-    @staticmethod
-    def stream(client: socket.socket, words: list[str], *, chat: bool) -> None:
+    def stream(self, client: socket.socket, number: int, words: list[str], *, chat: bool) -> None:
         client.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
-        pieces = [word if index == 0 else f" {word}" for index, word in enumerate(words)]
-        events = [{"delta": {"content": piece}} if chat else {"text": piece} for piece in pieces]
-        for event in [*({"choices": [{"index": 0, **event}]} for event in events), None]:
-            data = b"data: " + (json.dumps(event).encode() if event else b"[DONE]") + b"\n\n"
-            client.sendall(b"%x\r\n%s\r\n" % (len(data), data))
+        frame = {
+            "id": f"fake-{number}",
+            "object": "chat.completion.chunk" if chat else "text_completion",
+            "created": 0,
+            "model": self.options.model,
+        }
+        for index, word in enumerate([*words, None]):
+            text = word if index == 0 or word is None else f" {word}"
+            piece: dict[str, Any] = {"delta": {"content": text} if text else {}} if chat else {"text": text or ""}
+            choice = {"index": 0, **piece, "finish_reason": "stop" if word is None else None}
+            self.send_event(client, json.dumps({**frame, "choices": [choice]}))
+            if self.options.reset_at == number:
+                self.reset(client)
+        self.send_event(client, "[DONE]")
         client.sendall(b"0\r\n\r\n")
+
+    @staticmethod
+    def send_event(client: socket.socket, text: str) -> None:
+        data = b"data: " + text.encode() + b"\n\n"
+        client.sendall(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def send_metrics(self, client: socket.socket) -> None:
+        labels = f'{{engine="0",model_name="{self.options.model}"}}'
+        values = {
+            ("num_requests_running", "gauge"): self.running,
+            ("num_requests_waiting", "gauge"): 0,
+            ("generation_tokens_total", "counter"): self.tokens,
+            ("request_success_total", "counter"): self.requests - self.running,
+        }
+        lines = [
+            f"# TYPE vllm:{name} {kind}\nvllm:{name}{labels} {float(value)}\n" for (name, kind), value in values.items()
+        ]
+        self.send_raw(client, 200, "text/plain", "".join(lines).encode(), "")
 
     def send(self, client: socket.socket, status: int, value: dict[str, Any], retry_after: str = "") -> None:
         extra = f"Retry-After: {retry_after}\r\n" if retry_after else ""
         self.send_raw(client, status, "application/json", json.dumps(value).encode(), extra)
-
-    def send_text(self, client: socket.socket, text: str) -> None:
-        self.send_raw(client, 200, "text/plain", text.encode(), "")
 
     @staticmethod
     def send_raw(client: socket.socket, status: int, kind: str, body: bytes, extra: str) -> None:
@@ -322,6 +380,8 @@ def main(argv: list[str]) -> None:
         signal.signal(number, signal.SIG_IGN if options.deaf else stop)
     fork_tree(options)
     talk(options)
+    if options.chatter:
+        threading.Thread(target=chatter, args=(options.chatter,), daemon=True).start()
     if started <= options.port_in_use:
         say(
             f"ERROR: [Errno 98] error while attempting to bind on address ('{options.host}', {options.port}): "
