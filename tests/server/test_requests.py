@@ -32,9 +32,10 @@ def text(chunks: list[dict]) -> str:
 
 @pytest.mark.parametrize("transport", ["tcp", "uds"])
 async def test_a_stream_gives_what_the_whole_answer_gives(transport):
-    payload = {**CHAT, "max_tokens": 12, "stream_options": {"include_usage": True}}
+    payload = {**CHAT, "max_tokens": 12}
     async with dummy(transport=transport) as server:
-        chunks = [chunk async for chunk in server.stream_request(payload)]
+        usage = {"stream_options": {"include_usage": True}}
+        chunks = [chunk async for chunk in server.stream_request({**payload, **usage})]
         whole = await server.make_request(payload)
         assert text(chunks) == text_of(whole)
         assert chunks[-1]["usage"] == whole["usage"]
