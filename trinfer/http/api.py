@@ -15,7 +15,6 @@ import trio
 
 from trinfer._version import __version__
 from trinfer.errors import BadRequestError, ProtocolError, RequestError
-from trinfer.http.connection import HttpAnswer
 from trinfer.http.failures import LOWER_ERRORS, error_for_answer, error_for_exception, error_in_stream, timed_out
 from trinfer.http.pool import Exchange, Pool
 from trinfer.http.retry import RetryPolicy
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
 
+    from trinfer.http.connection import HttpAnswer
     from trinfer.http.origin import Origin
 
 __all__ = ["ApiClient", "JsonStream", "Timeouts"]
@@ -316,7 +316,7 @@ class JsonStream:
             await client._pool.sleep(pause)
 
     def _check_kind(self, exchange: Exchange) -> None:
-        kind = exchange.headers.get("content-type", "text/event-stream")
+        kind = exchange.answer.headers.get("content-type", "text/event-stream")
         if not kind.lower().startswith("text/event-stream"):
             raise self._fail(ProtocolError(f"{self._where}: the answer is no event stream, but {kind[:80]!r}"))
 
@@ -370,4 +370,5 @@ async def _read_error(exchange: Exchange) -> HttpAnswer:
         pass  # its status says enough
     finally:
         exchange.close()
-    return HttpAnswer(exchange.status, exchange.headers, body)
+    exchange.answer.body = body
+    return exchange.answer

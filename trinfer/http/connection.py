@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import enum
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import httptools
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from trinfer.http.transport import Transport
 
 __all__ = ["BrokenConnection", "Connection", "HttpAnswer", "MalformedAnswer"]
@@ -37,13 +38,24 @@ class MalformedAnswer(Exception):
     """What came was not a proper HTTP answer to the request."""
 
 
-@dataclass
 class HttpAnswer:
-    """An answer. Header names are in lower case; of repeated ones, the values are joined by commas."""
+    """An answer: its status, its body, and its headers, which are read only when somebody asks for them."""
 
-    status: int
-    headers: dict[str, str] = field(default_factory=dict)
-    body: bytes = b""
+    __slots__ = ("_raw_headers", "body", "status")
+
+    def __init__(self, status: int, raw_headers: Sequence[tuple[bytes, bytes]] = (), body: bytes = b"") -> None:
+        self.status = status
+        self.body = body
+        self._raw_headers = raw_headers
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Names in lower case; of repeated ones, the values are joined by commas."""
+        headers: dict[str, str] = {}
+        for name, value in self._raw_headers:
+            key, text = name.decode("latin-1").lower(), value.decode("latin-1").strip()
+            headers[key] = f"{headers[key]}, {text}" if key in headers else text
+        return headers
 
 
 class _Framing(enum.Enum):
@@ -60,9 +72,7 @@ class _Reader:
 
     __slots__ = (
         "_header_bytes",
-        "_headers",
         "_interim",
-        "_lengths",
         "_size",
         "body",
         "complete",
@@ -81,11 +91,9 @@ class _Reader:
         self.in_body = False
         self.complete = False
         self.keep_alive = False
-        self.headers: dict[str, str] = {}
+        self.headers: list[tuple[bytes, bytes]] = []
         self.body: list[bytes] = []  # pieces that nobody has taken yet
-        self._headers: list[tuple[bytes, bytes]] = []
         self._header_bytes = 0
-        self._lengths: list[bytes] = []
         self._size = 0
         self._interim = 0
 
@@ -123,13 +131,12 @@ class _Reader:
     def on_message_begin(self) -> None:
         if self.complete:
             raise MalformedAnswer("more bytes follow the answer")
-        self._headers = []
-        self._lengths = []
+        self.headers = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.in_body:
             return  # a trailer: nothing that we need stands there
-        self._headers.append((name, value))
+        self.headers.append((name, value))
         self._size += len(name) + len(value)
         if self._size > MAX_HEADER_BYTES:
             raise MalformedAnswer(f"its headers are longer than {MAX_HEADER_BYTES} bytes")
@@ -139,13 +146,16 @@ class _Reader:
         if self.status < 200:
             self._check_interim()
             return
-        headers: dict[str, str] = {}
-        for name, value in self._headers:
-            key, text = name.decode("latin-1").lower(), value.decode("latin-1").strip()
-            headers[key] = f"{headers[key]}, {text}" if key in headers else text
-        self.headers = headers
+        lengths: list[bytes] = []
+        codings: list[bytes] = []
+        for name, value in self.headers:
+            # Both names have a length of their own among the usual headers, and that is quicker to compare.
+            if len(name) == 14 and name.lower() == b"content-length":
+                lengths.append(value.strip())
+            elif len(name) == 17 and name.lower() == b"transfer-encoding":
+                codings.append(value.strip())
         self._size = 0
-        self._find_framing(headers.get("content-length"), headers.get("transfer-encoding"))
+        self._find_framing(lengths, codings)
         self.keep_alive = self.framing is not _Framing.UNTIL_CLOSE and self.parser.should_keep_alive()
         self.in_body = True
 
@@ -156,18 +166,18 @@ class _Reader:
         if self._interim > MAX_INTERIM:
             raise MalformedAnswer("too many interim answers")
 
-    def _find_framing(self, length: str | None, coding: str | None) -> None:
+    def _find_framing(self, lengths: list[bytes], codings: list[bytes]) -> None:
         # llhttp refuses most contradictions itself; these checks do not rely on it.
-        if coding is not None:
-            if length is not None:
+        if codings:
+            if lengths:
                 raise MalformedAnswer("it has both a length and a transfer coding")
-            if coding.lower() != "chunked":
-                raise MalformedAnswer(f"its transfer coding {coding!r} is unknown")
+            if len(codings) > 1 or codings[0].lower() != b"chunked":
+                raise MalformedAnswer(f"its transfer coding {b', '.join(codings)!r} is unknown")
             self.framing = _Framing.CHUNKED
-        elif length is not None:
-            if not (length.isascii() and length.isdigit()):
+        elif lengths:
+            if len(lengths) > 1 or not lengths[0].isdigit():
                 raise MalformedAnswer("its length is no number, or there are several")
-            if int(length) > MAX_BODY_BYTES:
+            if int(lengths[0]) > MAX_BODY_BYTES:
                 raise MalformedAnswer(f"its body is longer than {MAX_BODY_BYTES} bytes")
             self.framing = _Framing.LENGTH
         elif self.status not in {204, 304}:

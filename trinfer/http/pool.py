@@ -186,8 +186,11 @@ class Exchange:
     def __init__(self, pool: Pool, connection: Connection, answer: HttpAnswer) -> None:
         self._pool: Pool | None = pool
         self._connection = connection
-        self.status = answer.status
-        self.headers = answer.headers
+        self.answer = answer
+
+    @property
+    def status(self) -> int:
+        return self.answer.status
 
     async def read(self) -> bytes:
         """The next piece; empty at the end of the body. Raises as `Connection.read`."""
