@@ -26,6 +26,7 @@ from trinfer import (
     RequestError,
     RequestTimeout,
 )
+from trinfer.http import api, pool
 from trinfer.http.api import ApiClient
 from trinfer.http.connection import HttpAnswer, MalformedAnswer, _Reader
 from trinfer.http.control import ControlClient
@@ -82,23 +83,23 @@ def test_a_complete_answer_split_anywhere(name, data):
 async def test_connections_are_kept_for_the_next_request(name):
     server = Scripted([ANSWERS[name]], [PLAIN])
     async with serving(server) as origin:
-        pool = Pool(origin)
+        own = Pool(origin)
         request = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
         for _ in range(2):
-            assert (await pool.exchange(request)).body == b"hello"
-        assert (server.connections, pool.idle, pool.in_use) == (1, 1, 0)
-        pool.close()
+            assert (await own.exchange(request)).body == b"hello"
+        assert (server.connections, own.idle, own.in_use) == (1, 1, 0)
+        own.close()
 
 
 @pytest.mark.parametrize("name", UNTIL_CLOSE)
 async def test_connections_that_the_server_ends_are_not_kept(name):
     server = Scripted([UNTIL_CLOSE[name], None], [PLAIN])
     async with serving(server) as origin:
-        pool = Pool(origin)
+        own = Pool(origin)
         for _ in range(2):
-            assert (await pool.exchange(b"POST / HTTP/1.1\r\nContent-Length: 0\r\n\r\n")).body == b"hello"
+            assert (await own.exchange(b"POST / HTTP/1.1\r\nContent-Length: 0\r\n\r\n")).body == b"hello"
         assert server.connections == 2
-        pool.close()
+        own.close()
 
 
 # -- what is no answer ----------------------------------------------------------------------------------------------
@@ -298,6 +299,43 @@ async def test_time_out():
         with pytest.raises(RequestTimeout, match=r"0\.1 s"):
             await client.post_json("/x", {}, timeout=0.1)
         assert (client.pool.in_use, client.pool.idle) == (0, 0)
+        client.close()
+
+
+async def test_the_sweeper_ends_what_has_run_out_of_time(monkeypatch):
+    monkeypatch.setattr(api, "SWEPT", 0.1)
+    monkeypatch.setattr(pool, "SWEEP_EVERY", 0.02)
+    server = Scripted([OK], [OK], [b"HTTP/1.1 200 OK\r\n", 9.0], [OK])
+    async with serving(server) as origin, trio.open_nursery() as nursery:
+        client = ApiClient(origin)
+        nursery.start_soon(client.sweep)
+        await trio.sleep(0)
+        for _ in range(2):
+            assert await client.post_json("/x", {}, timeout=0.3) == {"ok": True}
+        began = trio.current_time()
+        with pytest.raises(RequestTimeout, match=r"within 0\.3 s") as caught:
+            await client.post_json("/x", {"a": 1}, timeout=0.3)
+        assert 0.29 <= trio.current_time() - began < 2
+        assert (caught.value.payload, caught.value.attempts) == ({"a": 1}, 1)
+        assert (client.pool.in_use, client.pool.idle) == (0, 0)
+        assert await client.post_json("/x", {}, timeout=5) == {"ok": True}
+        assert server.connections == 2
+        nursery.cancel_scope.cancel()
+        client.close()
+
+
+async def test_a_closed_client_ends_the_requests_under_way():
+    async with serving(Scripted([OK], *[[9.0]] * 5)) as origin, trio.open_nursery() as nursery:
+        client = ApiClient(origin, max_connections=2)
+        await client.post_json("/x", {}, timeout=5)
+
+        async def ask() -> None:
+            with pytest.raises(ConnectionLost):
+                await client.post_json("/x", {}, timeout=60)
+
+        for _ in range(4):  # two under way, two that wait for a slot
+            nursery.start_soon(ask)
+        await trio.sleep(0.1)
         client.close()
 
 

@@ -515,3 +515,15 @@ def _start_time(pid: int) -> int:
 
 def test_the_identity_of_a_run_is_this_process():
     assert run_id() == f"{os.getpid()}-{_start_time(os.getpid())}"
+
+
+async def test_requests_are_answered_while_the_engine_floods_its_output():
+    async with CustomServer(fake_config("--chatter", "200000000")) as server:
+        await server.wait_ready()
+        seen, began, slowest = server.log.bytes_seen, trio.current_time(), 0.0
+        while trio.current_time() - began < 1.5:
+            start = trio.current_time()
+            assert text_of(await server.make_request(CHAT)) == "echo: hello"
+            slowest = max(slowest, trio.current_time() - start)
+        assert server.log.bytes_seen - seen > 20_000_000
+        assert slowest < 1

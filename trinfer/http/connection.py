@@ -8,6 +8,7 @@ answer can never reach another request.
 from __future__ import annotations
 
 import enum
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -207,7 +208,7 @@ class Connection:
     the connection is closed.
     """
 
-    __slots__ = ("_reader", "_state", "_touched", "_transport", "idle_since")
+    __slots__ = ("_reader", "_state", "_touched", "_transport", "deadline", "expired", "idle_since")
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -215,11 +216,18 @@ class Connection:
         self._reader = _Reader()
         self._touched = False
         self.idle_since = 0.0
+        self.deadline = math.inf  # in trio's time; enforced by `Pool.sweep`
+        self.expired = False
 
     @property
     def is_reusable(self) -> bool:
         """Idle, and nothing has come since: an end or unasked bytes make it worthless."""
         return self._state is _State.IDLE and not self._transport.has_news()
+
+    def expire(self) -> None:
+        """Its request has run out of time: the task that waits gets `BrokenConnection`, and finds ``expired`` set."""
+        self.expired = True
+        self.close()
 
     @property
     def is_idle(self) -> bool:
@@ -244,8 +252,14 @@ class Connection:
         reader = self._start()
         try:
             await self._transport.send(request)
+            receive = self._transport.receive
             while not reader.complete:
-                await self._receive(reader)
+                data = await receive(CHUNK)
+                if data:
+                    self._touched = True
+                    reader.feed(data)
+                else:
+                    self._end(reader)
             self._finish(reader)
             return HttpAnswer(reader.status, reader.headers, reader.take_body())
         except OSError as error:
@@ -300,7 +314,11 @@ class Connection:
         if data:
             self._touched = True
             reader.feed(data)
-        elif not reader.end():
+        else:
+            self._end(reader)
+
+    def _end(self, reader: _Reader) -> None:
+        if not reader.end():
             when = "in the middle of the answer" if self._touched else "before the answer"
             raise BrokenConnection(f"it was closed {when}", untouched=not self._touched)
 

@@ -9,6 +9,7 @@ checkpoint before and after each call, which costs a good part of a small reques
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import select
 import socket
@@ -156,15 +157,17 @@ class PlainTransport:
 
     async def send(self, data: bytes) -> None:
         """Not a checkpoint when all fits into the socket's buffer: what follows is one."""
-        sent = 0
+        try:
+            sent = self._socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent == len(data):
+            return
         view = memoryview(data)
-        while True:
-            try:
+        while sent < len(data):
+            await self._wait(trio.lowlevel.wait_writable)
+            with contextlib.suppress(BlockingIOError):
                 sent += self._socket.send(view[sent:])
-            except BlockingIOError:
-                await self._wait(trio.lowlevel.wait_writable)
-            if sent == len(data):
-                return
 
     async def receive(self, limit: int) -> bytes:
         # First a turn of everybody else: with many requests under way, the answer is there after it most often, and the

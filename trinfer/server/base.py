@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import trio
 
-from trinfer.errors import ServerError
+from trinfer.errors import InferenceError, ServerError
 from trinfer.http.origin import Origin
 from trinfer.process.output import EngineLog
 from trinfer.results import InferenceResult
@@ -95,6 +95,7 @@ class InferenceServer(abc.ABC):
         self._lifecycle.observers.append(self._on_transition)
         self._in_flight = InFlight(self._lifecycle, self.is_local)
         self._supervisor = Supervisor(self, self._lifecycle)
+        self._has_own_requests = type(self)._make_request is not InferenceServer._make_request
         self._nursery_manager: Any = None
         self._nursery: trio.Nursery | None = None
         self._run_scope = trio.CancelScope()
@@ -240,10 +241,15 @@ class InferenceServer(abc.ABC):
         Cancelled: the request's connection is closed, so that the engine stops generating.
         """
         await self._until_ready()
-        send = partial(self._make_request, self._complete(payload))
-        if type(self)._make_request is InferenceServer._make_request:
-            return await self._in_flight.answered_by_link(send, payload)
-        return await self._in_flight.answered(send, payload)
+        complete = self._complete(payload)
+        if not self._has_own_requests:
+            # The short way for the usual case: each layer between costs on every request.
+            link = self._link()
+            try:
+                return await link.api.post_json(self.route, complete, timeout=self.config.request_timeout)
+            except InferenceError as error:
+                raise await self._in_flight.verdict(error, payload) from error.__cause__
+        return await self._in_flight.answered(partial(self._make_request, complete), payload)
 
     async def request(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
         """POST to another route of the engine: embeddings, rerank, score, responses, tokenize, …

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import trio
 
-from trinfer.errors import ConnectionLost, InferenceError
+from trinfer.errors import ConnectionLost, InferenceError, TrinferError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -44,17 +44,19 @@ class InFlight:
         """
         try:
             return await send()
-        except ConnectionLost as error:
+        except InferenceError as error:
+            raise await self.verdict(error, payload) from error.__cause__
+
+    async def verdict(self, error: InferenceError, payload: Mapping[str, Any]) -> TrinferError:
+        """What the requester is told: the request's own error, or that of the engine which has died meanwhile."""
+        if isinstance(error, ConnectionLost):
             # Most often the engine's death, of which the monitor is about to tell.
             with trio.move_on_after(self._patience):
                 await self._lifecycle.down.wait()
             if self._lifecycle.down.is_set():
-                raise self._lifecycle.down_error() from None
-            error.payload = payload
-            raise
-        except InferenceError as error:
-            error.payload = payload
-            raise
+                return self._lifecycle.down_error()
+        error.payload = payload
+        return error
 
     async def answered(self, send: Callable[[], Awaitable[T]], payload: Mapping[str, Any]) -> T:
         """Wait for an answer, but no longer than the engine lives.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from trinfer.errors import ServerError
+from trinfer.errors import ServerError, TrinferError
 from trinfer.server.attempt import Attempt, PortTaken
 from trinfer.server.diagnosis import diagnose, is_port_in_use
 from trinfer.server.identity import new_marker
@@ -157,10 +157,14 @@ class Supervisor:
             attempt.start_soon(partial(self._watch_health, attempt))
             if serves:
                 self.link = server.open_link()
+                attempt.start_soon(self.link.api.sweep)
                 attempt.start_soon(partial(self._watch_start, attempt, stop_listening))
             failure = await attempt.verdict()
         except ServerError as error:
             failure = error
+        except TrinferError as error:
+            failure = ServerError(f"{server.name}: {error.message}", cause=error.cause, advice=error.advice)
+            failure.__cause__ = error
         except Exception as error:
             failure = ServerError(f"{server.name}: starting failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
