@@ -99,8 +99,10 @@ def work(client: str, port: int, uds: str, in_flight: int, seconds: float) -> di
         import trio
 
         async with TRIO[client](port, uds) as send:
-            for _ in range(3):
-                await send()
+            # Once for each, so that connections are there when the clock starts.
+            async with trio.open_nursery() as nursery:
+                for _ in range(in_flight):
+                    nursery.start_soon(send)
             meter.begin()
             async with trio.open_nursery() as nursery:
                 for _ in range(in_flight):
@@ -108,8 +110,7 @@ def work(client: str, port: int, uds: str, in_flight: int, seconds: float) -> di
 
     async def on_asyncio() -> None:
         async with ASYNCIO[client](port, uds) as send:
-            for _ in range(3):
-                await send()
+            await asyncio.gather(*(send() for _ in range(in_flight)))
             meter.begin()
             await asyncio.gather(*(meter.ask_on(send) for _ in range(in_flight)))
 
