@@ -224,8 +224,9 @@ async def test_an_endpoint_that_is_not_there():
         endpoint_url="http://127.0.0.1:1/v1",
         server_ready_max_attempts=1,
         server_ready_delay_sec=0.3,
-        server_start_max_retries=0,
     )
     async with EndpointServer(config) as server:
-        with pytest.raises(ServerError, match=r"not ready within 0\.3 s"):
+        with pytest.raises(ServerError, match=r"not ready within 0\.3 s") as caught:
             await server.make_request(CHAT)
+        assert "127.0.0.1:1" in caught.value.message  # what was tried, and how it failed
+        assert len(caught.value.history) == 1  # there is nothing to start again

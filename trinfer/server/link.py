@@ -29,6 +29,7 @@ class Link:
 
     def __init__(self, origin: Origin, api_key: str | None, config: InferenceConfig) -> None:
         self.origin = origin
+        self.last_look = ""  # what the last look for readiness found, in words
         tls = TlsOptions(config.tls_ca_file, config.tls_cert_file, config.tls_key_file)
         try:
             self.api = ApiClient(
@@ -53,13 +54,19 @@ class Link:
     async def models(self) -> tuple[int, bytes]:
         """Status and body of ``GET /v1/models``; status 0 where nothing answers."""
         try:
-            return await self._control.get(READINESS_PATH, timeout=PROBE_TIMEOUT)
-        except InferenceError:
+            status, body = await self._control.get(READINESS_PATH, timeout=PROBE_TIMEOUT)
+        except InferenceError as error:
+            self.last_look = error.message
             return 0, b""
+        self.last_look = f"GET {self.origin.url}{READINESS_PATH}: status {status}"
+        return status, body
 
     def is_open(self) -> bool:
         """Whether somebody listens, told for the price of a refused connect."""
-        return accepts_connections(self.origin.host, self.origin.port, self.origin.uds)
+        listens = accepts_connections(self.origin.host, self.origin.port, self.origin.uds)
+        if not listens:
+            self.last_look = f"nothing listens at {self.origin.url}"
+        return listens
 
     async def aclose(self) -> None:
         """Close every connection. Shielded, for a second at most."""

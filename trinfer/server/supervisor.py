@@ -131,7 +131,7 @@ class Supervisor:
         return again
 
     def _may_retry(self, failures: int) -> bool:
-        if self._lifecycle.state is ServerState.READY or self._server.node.is_worker:
+        if self._lifecycle.state is ServerState.READY or self._server.node.is_worker or not self._server.is_local:
             return False
         return failures <= self._server.config.server_start_max_retries
 
@@ -233,7 +233,7 @@ class Supervisor:
             if deadline.cancelled_caught:
                 attempt.fail(
                     ServerError(
-                        f"{name}: the engine was not ready within {config.ready_deadline_sec:g} s",
+                        f"{name}: the engine was not ready within {config.ready_deadline_sec:g} s{self._last_look()}",
                         advice="raise server_ready_max_attempts or server_ready_delay_sec if it was still loading",
                     )
                 )
@@ -280,6 +280,9 @@ class Supervisor:
             return True
         owned = await trio.to_thread.run_sync(partial(attempt.owns_port, own_pid=os.getpid()))
         return owned is True
+
+    def _last_look(self) -> str:
+        return f" ({self.link.last_look})" if self.link is not None and self.link.last_look else ""
 
     def _hear(self, attempt: Attempt, text: str) -> None:
         """Listen to the engine's output while it starts."""
