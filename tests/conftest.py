@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import subprocess
 import tempfile
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from tests import leaks
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from pathlib import Path
 
 pytest_plugins = ["pytester"]
 
@@ -32,6 +34,18 @@ settings.register_profile("dev", max_examples=50, **_common)
 settings.register_profile("ci", max_examples=200, print_blob=True, **_common)
 settings.register_profile("deep", max_examples=5000, verbosity=Verbosity.normal, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Generator[Path, None, None]:
+    """A file system of 64 KiB, which is soon full."""
+    if os.getuid() != 0:
+        pytest.skip("a file system of its own needs root")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.hookimpl(wrapper=True)

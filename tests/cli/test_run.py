@@ -252,17 +252,6 @@ def test_an_existing_output_is_not_overwritten_unless_told(tmp_path: Path):
     assert "unfinished run" in stderr
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    if os.getuid() != 0:
-        pytest.skip("a file system of its own needs root")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_disk_that_fills_up_stops_the_run_and_keeps_what_fits(tmp_path: Path, small_disk: Path):
     source = write(tmp_path / "in", *({"prompt": "x", "blob": "y" * 2000} for i in range(200)))
     code, _, stderr = trinfer("run", source, "-o", small_disk / "out")

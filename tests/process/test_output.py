@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
 import stat
-import subprocess
 import time
 from typing import TYPE_CHECKING
 
-import pytest
 import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -163,17 +160,6 @@ async def test_a_slow_disk_costs_lines_and_not_memory_or_time(tmp_path: Path, mo
     text = (tmp_path / "server.log").read_bytes()
     assert b"bytes of output were dropped" in text
     assert len(text) <= BUFFER + 1000
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    if os.getuid() != 0:
-        pytest.skip("a file system of its own needs root")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 async def test_a_full_disk_is_told_once_and_does_not_stop_anything(small_disk: Path, caplog):
