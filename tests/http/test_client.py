@@ -62,7 +62,9 @@ def read(*pieces: bytes, end: bool = False) -> HttpAnswer:
     reader = _Reader()
     for piece in pieces:
         reader.feed(piece)
-    complete = reader.end() if end else reader.complete
+    if end:
+        reader.feed(b"")
+    complete = reader.complete
     assert complete
     return HttpAnswer(reader.status, reader.headers, reader.take_body())
 

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 
 import httptools
 
+from trinfer.http.reactor import CHUNK
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
 
     from trinfer.http.transport import Transport
 
 __all__ = ["BrokenConnection", "Connection", "HttpAnswer", "MalformedAnswer"]
 
-CHUNK = 65536
 MAX_HEADER_BYTES = 64 * 1024
 MAX_BODY_BYTES = 256 * 2**20
 MAX_INTERIM = 16  # 1xx answers before the real one
@@ -44,19 +45,17 @@ class HttpAnswer:
 
     __slots__ = ("_raw_headers", "body", "status")
 
-    def __init__(self, status: int, raw_headers: Sequence[tuple[bytes, bytes]] = (), body: bytes = b"") -> None:
+    def __init__(self, status: int, raw_headers: Mapping[bytes, bytes], body: bytes = b"") -> None:
         self.status = status
         self.body = body
         self._raw_headers = raw_headers
 
     @property
     def headers(self) -> dict[str, str]:
-        """Names in lower case; of repeated ones, the values are joined by commas."""
-        headers: dict[str, str] = {}
-        for name, value in self._raw_headers:
-            key, text = name.decode("latin-1").lower(), value.decode("latin-1").strip()
-            headers[key] = f"{headers[key]}, {text}" if key in headers else text
-        return headers
+        """Names in lower case; of repeated ones, the last counts."""
+        return {
+            name.decode("latin-1").lower(): value.decode("latin-1").strip() for name, value in self._raw_headers.items()
+        }
 
 
 class _Framing(enum.Enum):
@@ -81,28 +80,53 @@ class _Reader:
         "headers",
         "in_body",
         "keep_alive",
+        "on_header",
         "parser",
         "status",
+        "touched",
     )
 
     def __init__(self) -> None:
+        self.headers: dict[bytes, bytes] = {}
+        # Called by the parser for each header (and trailer, which nobody reads): too often for a function in Python.
+        self.on_header = self.headers.__setitem__
         self.parser = httptools.HttpResponseParser(self)
         self.status = 0
         self.framing = _Framing.NONE
         self.in_body = False
         self.complete = False
         self.keep_alive = False
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.touched = False
         self.body: list[bytes] = []  # pieces that nobody has taken yet
         self._header_bytes = 0
         self._size = 0
         self._interim = 0
 
+    def feed_whole(self, data: bytes) -> bool:
+        """Take a piece, empty at the end of the connection; True when the answer is complete. Raises as `feed`."""
+        self.feed(data)
+        return self.complete
+
+    def feed_head(self, data: bytes) -> bool:
+        """Likewise; True when status and headers are."""
+        self.feed(data)
+        return self.in_body
+
+    def feed_piece(self, data: bytes) -> bool:
+        """Likewise; True when there is something of the body, or it is at its end."""
+        self.feed(data)
+        return bool(self.body) or self.complete
+
     def feed(self, data: bytes) -> None:
-        """Raises `MalformedAnswer`."""
+        """Raises `MalformedAnswer`, and `BrokenConnection` when the connection has ended too early."""
+        if not data:
+            self._end()
+            return
+        self.touched = True
         if not self.in_body:
-            # Counted here too: llhttp holds partial header lines back, without a limit of its own.
-            self._header_bytes += len(data)
+            self._header_bytes += len(data)  # with what came of the body in the same piece
+            if self._header_bytes > MAX_HEADER_BYTES + CHUNK:
+                raise MalformedAnswer(f"its headers are longer than {MAX_HEADER_BYTES} bytes")
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserCallbackError as error:
@@ -113,14 +137,13 @@ class _Reader:
         except httptools.HttpParserError as error:
             what = "more bytes follow the answer" if self.complete else f"it is not valid HTTP/1.1 ({error})"
             raise MalformedAnswer(what) from error
-        if not self.in_body and self._header_bytes > MAX_HEADER_BYTES + CHUNK:
-            raise MalformedAnswer(f"its headers are longer than {MAX_HEADER_BYTES} bytes")
 
-    def end(self) -> bool:
-        """The connection has ended: True when that completes the answer."""
+    def _end(self) -> None:
         if self.in_body and self.framing is _Framing.UNTIL_CLOSE:
             self.complete = True
-        return self.complete
+        if not self.complete:
+            when = "in the middle of the answer" if self.touched else "before the answer"
+            raise BrokenConnection(f"it was closed {when}", untouched=not self.touched)
 
     def take_body(self) -> bytes:
         """The body so far; what is taken is gone."""
@@ -132,30 +155,25 @@ class _Reader:
     def on_message_begin(self) -> None:
         if self.complete:
             raise MalformedAnswer("more bytes follow the answer")
-        self.headers = []
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self.in_body:
-            return  # a trailer: nothing that we need stands there
-        self.headers.append((name, value))
-        self._size += len(name) + len(value)
-        if self._size > MAX_HEADER_BYTES:
-            raise MalformedAnswer(f"its headers are longer than {MAX_HEADER_BYTES} bytes")
+        self.headers.clear()  # those of an interim answer
 
     def on_headers_complete(self) -> None:
         self.status = self.parser.get_status_code()
         if self.status < 200:
             self._check_interim()
             return
+        if self._header_bytes > MAX_HEADER_BYTES:  # counted with what came of the body: now exactly
+            size = sum(len(name) + len(value) for name, value in self.headers.items())
+            if size > MAX_HEADER_BYTES:
+                raise MalformedAnswer(f"its headers are longer than {MAX_HEADER_BYTES} bytes")
         lengths: list[bytes] = []
         codings: list[bytes] = []
-        for name, value in self.headers:
+        for name, value in self.headers.items():
             # Both names have a length of their own among the usual headers, and that is quicker to compare.
             if len(name) == 14 and name.lower() == b"content-length":
                 lengths.append(value.strip())
             elif len(name) == 17 and name.lower() == b"transfer-encoding":
                 codings.append(value.strip())
-        self._size = 0
         self._find_framing(lengths, codings)
         self.keep_alive = self.framing is not _Framing.UNTIL_CLOSE and self.parser.should_keep_alive()
         self.in_body = True
@@ -168,7 +186,7 @@ class _Reader:
             raise MalformedAnswer("too many interim answers")
 
     def _find_framing(self, lengths: list[bytes], codings: list[bytes]) -> None:
-        # llhttp refuses most contradictions itself; these checks do not rely on it.
+        # llhttp refuses most contradictions itself (of equal names, only the last comes here).
         if codings:
             if lengths:
                 raise MalformedAnswer("it has both a length and a transfer coding")
@@ -208,13 +226,12 @@ class Connection:
     the connection is closed.
     """
 
-    __slots__ = ("_reader", "_state", "_touched", "_transport", "deadline", "expired", "idle_since")
+    __slots__ = ("_reader", "_state", "_transport", "deadline", "expired", "idle_since")
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._state = _State.IDLE
         self._reader = _Reader()
-        self._touched = False
         self.idle_since = 0.0
         self.deadline = math.inf  # in trio's time; enforced by `Pool.sweep`
         self.expired = False
@@ -251,19 +268,13 @@ class Connection:
         """
         reader = self._start()
         try:
-            await self._transport.send(request)
-            receive = self._transport.receive
-            while not reader.complete:
-                data = await receive(CHUNK)
-                if data:
-                    self._touched = True
-                    reader.feed(data)
-                else:
-                    self._end(reader)
+            if not self._transport.send_now(request):
+                await self._transport.send_rest(request)
+            await self._transport.fill(reader.feed_whole)
             self._finish(reader)
             return HttpAnswer(reader.status, reader.headers, reader.take_body())
         except OSError as error:
-            raise BrokenConnection(_detail(error), untouched=not self._touched) from error
+            raise BrokenConnection(_detail(error), untouched=not reader.touched) from error
         finally:
             if self._state is _State.BUSY:
                 self.close()
@@ -272,12 +283,12 @@ class Connection:
         """Send one request, and return status and headers; `read` gives the body. Raises as `exchange`."""
         reader = self._start()
         try:
-            await self._transport.send(request)
-            while not reader.in_body:
-                await self._receive(reader)
+            if not self._transport.send_now(request):
+                await self._transport.send_rest(request)
+            await self._transport.fill(reader.feed_head)
         except OSError as error:
             self.close()
-            raise BrokenConnection(_detail(error), untouched=not self._touched) from error
+            raise BrokenConnection(_detail(error), untouched=not reader.touched) from error
         except BaseException:
             self.close()
             raise
@@ -287,8 +298,8 @@ class Connection:
         """The next piece of the body; empty at its end, when the connection is idle or closed. Raises as `exchange`."""
         reader = self._reader
         try:
-            while not reader.body and not reader.complete:
-                await self._receive(reader)
+            if not reader.body and not reader.complete:
+                await self._transport.fill(reader.feed_piece)
         except OSError as error:
             self.close()
             raise BrokenConnection(_detail(error), untouched=False) from error
@@ -305,22 +316,8 @@ class Connection:
     def _start(self) -> _Reader:
         assert self._state is _State.IDLE, self._state
         self._state = _State.BUSY
-        self._touched = False
         self._reader = reader = _Reader()
         return reader
-
-    async def _receive(self, reader: _Reader) -> None:
-        data = await self._transport.receive(CHUNK)
-        if data:
-            self._touched = True
-            reader.feed(data)
-        else:
-            self._end(reader)
-
-    def _end(self, reader: _Reader) -> None:
-        if not reader.end():
-            when = "in the middle of the answer" if self._touched else "before the answer"
-            raise BrokenConnection(f"it was closed {when}", untouched=not self._touched)
 
     def _finish(self, reader: _Reader) -> None:
         if reader.keep_alive and self._state is _State.BUSY:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from trinfer.http.connection import BrokenConnection, Connection, HttpAnswer
+from trinfer.http.reactor import Reactor
 from trinfer.http.transport import Proxy, connect
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Pool:
         self._idle: list[Connection] = []
         self._busy: set[Connection] = set()
         self._closed = trio.Event()
+        self._reactor = Reactor()
         self._sweeping = False
 
     @property
@@ -88,14 +90,20 @@ class Pool:
         return connection
 
     async def sweep(self) -> None:
-        """End the exchanges of `take` that have run out of time, a few times a second, until cancelled."""
+        """Watch over all connections, until cancelled: a few times a second, end the exchanges of `take` that have run
+        out of time; and tell the others when there is something to read.
+
+        Without it everything works, but costs more.
+        """
         self._sweeping = True
         try:
-            while True:
-                await trio.sleep(SWEEP_EVERY)
-                now = trio.current_time()
-                for connection in [busy for busy in self._busy if busy.deadline <= now]:
-                    connection.expire()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._reactor.run)
+                while True:
+                    await trio.sleep(SWEEP_EVERY)
+                    now = trio.current_time()
+                    for connection in [busy for busy in self._busy if busy.deadline <= now]:
+                        connection.expire()
         finally:
             self._sweeping = False
 
@@ -181,7 +189,7 @@ class Pool:
         if self._closed.is_set():
             raise PoolClosed
         with trio.move_on_after(self._connect_timeout):
-            connection = Connection(await connect(self._origin, self._tls, self._proxy))
+            connection = Connection(await connect(self._origin, self._tls, self._proxy, reactor=self._reactor))
             self._busy.add(connection)
             return connection
         raise TimeoutError(f"no connection within {self._connect_timeout:g} s")

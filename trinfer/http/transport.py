@@ -2,8 +2,8 @@
 
 Rule: what goes wrong is an `OSError` (of which ssl.SSLError is one), whatever the kind; and closing never waits.
 
-A plain transport talks to the socket itself and waits by trio's own primitives. trio's streams do the same with a
-checkpoint before and after each call, which costs a good part of a small request.
+A plain transport talks to the socket itself, and waits by `trinfer.http.reactor`. trio's streams register each wait
+with epoll, and make a checkpoint before and after each call, which costs most of a small request.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from urllib.request import getproxies, proxy_bypass
 
 import trio
 
+from trinfer.http.reactor import CHUNK, Reactor
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from trinfer.http.origin import Origin
+    from trinfer.http.reactor import Feed
 
 __all__ = ["Proxy", "TlsOptions", "Transport", "connect", "find_proxy"]
 
@@ -33,10 +36,16 @@ MAX_PROXY_ANSWER = 64 * 1024
 
 
 class Transport(Protocol):
-    """One connected socket."""
+    """One connected socket.
 
-    async def send(self, data: bytes) -> None: ...
-    async def receive(self, limit: int) -> bytes: ...
+    ``send_now`` sends what can be sent at once, and says whether that was all; ``send_rest`` sends the rest then.
+    ``fill`` reads into ``feed`` until it needs no more; it gets empty bytes when the peer has ended, and raises or
+    returns True then.
+    """
+
+    def send_now(self, data: bytes) -> bool: ...
+    async def send_rest(self, data: bytes) -> None: ...
+    async def fill(self, feed: Feed) -> None: ...
     def has_news(self) -> bool: ...
     def close(self) -> None: ...
 
@@ -95,8 +104,10 @@ def find_proxy(origin: Origin) -> Proxy | None:
     return Proxy(parts.hostname, parts.port or 80, authorization)
 
 
-async def connect(origin: Origin, tls: ssl.SSLContext | None, proxy: Proxy | None = None) -> Transport:
-    """Connect to an origin.
+async def connect(
+    origin: Origin, tls: ssl.SSLContext | None, proxy: Proxy | None = None, *, reactor: Reactor | None = None
+) -> Transport:
+    """Connect to an origin; ``reactor`` tells a plain transport when there is something to read.
 
     Raises:
         OSError: nobody listens there, the name is unknown, the certificate is not trusted, …
@@ -109,7 +120,7 @@ async def connect(origin: Origin, tls: ssl.SSLContext | None, proxy: Proxy | Non
         host, port = (proxy.host, proxy.port) if proxy else (origin.host, origin.port)
         stream = await trio.open_tcp_stream(host, port)
     if tls is None:
-        return PlainTransport(stream)
+        return PlainTransport(stream, reactor or Reactor())
     try:
         if proxy is not None:
             await _tunnel(stream, origin, proxy)
@@ -145,39 +156,49 @@ async def _tunnel(stream: trio.SocketStream, origin: Origin, proxy: Proxy) -> No
 class PlainTransport:
     """A socket without TLS."""
 
-    __slots__ = ("_fd", "_poll", "_socket")
+    __slots__ = ("_fd", "_poll", "_reactor", "_recv", "_send", "_sent", "_socket", "_watched")
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream, reactor: Reactor) -> None:
         # The socket is taken over from trio, which leaves it non-blocking.
         self._socket = socket.socket(fileno=stream.socket.detach())
         self._socket.setblocking(False)
         self._fd = self._socket.fileno()
+        self._recv, self._send = self._socket.recv, self._socket.send
+        self._sent = 0
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLIN)
+        self._reactor = reactor
+        self._watched = reactor.watch(self._fd, self._recv)
 
-    async def send(self, data: bytes) -> None:
-        """Not a checkpoint when all fits into the socket's buffer: what follows is one."""
+    def send_now(self, data: bytes) -> bool:
         try:
-            sent = self._socket.send(data)
+            self._sent = self._send(data)
         except BlockingIOError:
-            sent = 0
-        if sent == len(data):
-            return
+            self._sent = 0
+        return self._sent == len(data)
+
+    async def send_rest(self, data: bytes) -> None:
         view = memoryview(data)
-        while sent < len(data):
+        while self._sent < len(data):
             await self._wait(trio.lowlevel.wait_writable)
             with contextlib.suppress(BlockingIOError):
-                sent += self._socket.send(view[sent:])
+                self._sent += self._send(view[self._sent :])
 
-    async def receive(self, limit: int) -> bytes:
-        # First a turn of everybody else: with many requests under way, the answer is there after it most often, and the
-        # way through epoll is spared, which costs more than the turn.
+    async def fill(self, feed: Feed) -> None:
+        watched = self._watched
+        if watched is not None and not watched.is_lost and await watched.fill(feed):
+            return
+        if self._socket.fileno() < 0:
+            raise ConnectionAbortedError(CLOSED)
         await trio.lowlevel.checkpoint()
         while True:
             try:
-                return self._socket.recv(limit)
+                data = self._recv(CHUNK)
             except BlockingIOError:
                 await self._wait(trio.lowlevel.wait_readable)
+                continue
+            if feed(data):
+                return
 
     async def _wait(self, wait: Callable[[int], Awaitable[None]]) -> None:
         try:
@@ -186,10 +207,12 @@ class PlainTransport:
             raise ConnectionAbortedError(CLOSED) from None
 
     def has_news(self) -> bool:
+        # Asked of the kernel: what the reactor knows may be some milliseconds old.
         return bool(self._poll.poll(0))
 
     def close(self) -> None:
         if self._socket.fileno() >= 0:
+            self._reactor.forget(self._fd)
             trio.lowlevel.notify_closing(self._fd)
             self._socket.close()
 
@@ -205,17 +228,23 @@ class TlsTransport:
         self._poll = select.poll()
         self._poll.register(stream.socket.fileno(), select.POLLIN)
 
-    async def send(self, data: bytes) -> None:
+    def send_now(self, data: bytes) -> bool:
+        return False
+
+    async def send_rest(self, data: bytes) -> None:
         try:
             await self._secure.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise _os_error(error) from error
 
-    async def receive(self, limit: int) -> bytes:
-        try:
-            return bytes(await self._secure.receive_some(limit))
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise _os_error(error) from error
+    async def fill(self, feed: Feed) -> None:
+        done = False
+        while not done:
+            try:
+                data = bytes(await self._secure.receive_some(CHUNK))
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise _os_error(error) from error
+            done = feed(data)
 
     def has_news(self) -> bool:
         # Session tickets of TLS 1.3 come when they like, and are no news of HTTP; but telling them apart would need a

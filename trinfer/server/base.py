@@ -240,7 +240,8 @@ class InferenceServer(abc.ABC):
 
         Cancelled: the request's connection is closed, so that the engine stops generating.
         """
-        await self._until_ready()
+        if self._lifecycle.state is not ServerState.READY:
+            await self.wait_ready()
         complete = self._complete(payload)
         if not self._has_own_requests:
             # The short way for the usual case: each layer between costs on every request.
