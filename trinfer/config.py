@@ -82,7 +82,18 @@ class InferenceConfig:
         server_ready_max_attempts, server_ready_delay_sec: their product is the deadline for readiness, in seconds.
             Polling is adaptive: it begins at milliseconds, and the delay is its slowest pace, reached after
             minutes only.
-        server_start_max_retries: how many more times a failed start is tried.
+        server_start_max_retries: how many more times a failed first start is tried, unless it would fail again for the
+            same reason (a wrong option, a model that does not exist).
+        max_restarts, restart_window: an engine that dies while it serves is started again, at most so many times in so
+            many seconds; then the server has failed for good. 0 never starts it again, as the reference.
+        restart_backoff_sec, restart_backoff_max_sec: the first restart comes at once, the second after at most the
+            first of these; the pause doubles up to the second, with jitter.
+        max_replays: how often a request whose engine died is sent to its successor.
+        stall_timeout: seconds without any sign of progress after which an engine with requests under way counts as
+            wedged, and is started again; None never does. See `trinfer.server.liveness` for the signs.
+        probe_interval_sec: how often an idle engine is asked whether it is healthy, in seconds.
+        idle_probe_sec: ask an engine that has been idle for so long for one token; None never does.
+        start_stall_timeout: seconds without any sign of life after which a start counts as stuck; None never does.
         host: address that a local engine binds. Loopback unless told otherwise.
         transport: "uds" reaches a local engine through a unix socket in a private folder, "tcp" through a port,
             "auto" takes a unix socket where the engine can serve one.
@@ -124,6 +135,15 @@ class InferenceConfig:
     server_ready_max_attempts: int = 300
     server_ready_delay_sec: float = 5.0
     server_start_max_retries: int = 1
+    max_restarts: int = 3
+    restart_window: float = 600.0
+    restart_backoff_sec: float = 1.0
+    restart_backoff_max_sec: float = 60.0
+    max_replays: int = 2
+    stall_timeout: float | None = 300.0
+    probe_interval_sec: float = 15.0
+    idle_probe_sec: float | None = None
+    start_stall_timeout: float | None = 300.0
     host: str = "127.0.0.1"
     transport: Transport = "auto"
     shutdown_grace_sec: float = 15.0
@@ -154,13 +174,21 @@ class InferenceConfig:
             self._integer(name, 1, None)
         self._integer("master_port", 1, 65535)
         self._integer("server_log_max_bytes", 4096, None)
-        self._integer("server_start_max_retries", 0, None)
-        for name in ("request_timeout", "connect_timeout", "server_start_timeout_sec", "server_ready_delay_sec"):
+        for name in ("server_start_max_retries", "max_restarts", "max_replays"):
+            self._integer(name, 0, None)
+        for name in (
+            *("request_timeout", "connect_timeout", "server_start_timeout_sec", "server_ready_delay_sec"),
+            *("restart_window", "restart_backoff_max_sec", "probe_interval_sec"),
+        ):
             self._seconds(name, positive=True)
-        for name in ("stream_first_byte_timeout", "stream_idle_timeout"):
+        for name in (
+            *("stream_first_byte_timeout", "stream_idle_timeout"),
+            *("stall_timeout", "idle_probe_sec", "start_stall_timeout"),
+        ):
             if getattr(self, name) is not None:
                 self._seconds(name, positive=True)
-        self._seconds("shutdown_grace_sec", positive=False)
+        for name in ("shutdown_grace_sec", "restart_backoff_sec"):
+            self._seconds(name, positive=False)
         for name in ("use_chat", "trust_remote_code"):
             self._instance(name, bool, "True or False")
         if self.multi_node is not None:

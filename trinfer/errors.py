@@ -19,6 +19,7 @@ cause, what to do, and shows the engine's last log lines. Errors of lower layers
             ├── RateLimitError         429 after all retries
             ├── RequestTimeout         the request's time ran out
             ├── ConnectionLost         no connection, or it broke before the answer was complete
+            │   └── StreamInterrupted      … after a part of it had been passed on
             └── ProtocolError          the answer is not HTTP, or not what was asked for
 """
 
@@ -42,6 +43,7 @@ __all__ = [
     "RequestError",
     "RequestTimeout",
     "ServerError",
+    "StreamInterrupted",
     "StructuredOutputError",
     "TrinferError",
 ]
@@ -118,7 +120,7 @@ class ServerError(TrinferError):
     Attributes:
         server: which server this was, for instance ``"vllm rank 0"``; empty where unknown.
         returncode: the engine's exit code, negative for a signal; None where it did not exit.
-        history: one line per failed start attempt, oldest first.
+        history: one line per failed start attempt or death, oldest first.
     """
 
     def __init__(
@@ -140,7 +142,9 @@ class ServerError(TrinferError):
     def __str__(self) -> str:
         text = super().__str__()
         if len(self.history) > 1:
-            text += "\n  start attempts:" + "".join(f"\n    {n}. {line}" for n, line in enumerate(self.history, 1))
+            text += "\n  what happened before, and last:" + "".join(
+                f"\n    {n}. {line}" for n, line in enumerate(self.history, 1)
+            )
         return text
 
 
@@ -234,6 +238,16 @@ class RequestTimeout(RequestError):
 
 class ConnectionLost(RequestError):
     """No connection could be made, or it broke before the answer was complete."""
+
+
+class StreamInterrupted(ConnectionLost):
+    """A stream broke after some of it had been passed on, so that it cannot be sent again unnoticed.
+
+    Attributes:
+        received: how many chunks had come.
+    """
+
+    received: int = 0
 
 
 class ProtocolError(RequestError):

@@ -87,7 +87,7 @@ async def test_stopping_wakes_waiters():
         await trio.testing.wait_all_tasks_blocked()
         lifecycle.stop("left")
         lifecycle.stop("left again")
-    assert lifecycle.down.is_set()
+    assert lifecycle.is_down
 
 
 async def test_before_the_start_the_error_says_how_to_start():
@@ -113,4 +113,4 @@ async def test_observers_see_every_transition_and_the_failure_is_kept():
     assert lifecycle.failure is not None
     lifecycle.start()  # a second life
     assert lifecycle.failure is None
-    assert not lifecycle.down.is_set()
+    assert not lifecycle.is_down

@@ -247,6 +247,11 @@ class Connection:
         self.close()
 
     @property
+    def has_answer(self) -> bool:
+        """Whether the last request got a complete answer."""
+        return self._reader.complete
+
+    @property
     def is_idle(self) -> bool:
         return self._state is _State.IDLE
 

@@ -64,6 +64,7 @@ class Pool:
         self._busy: set[Connection] = set()
         self._closed = trio.Event()
         self._reactor = Reactor()
+        self.received = 0  # answers and pieces of streams so far: a sign of life of the server
         self._sweeping = False
 
     @property
@@ -176,6 +177,8 @@ class Pool:
         if connection is not None:
             self._busy.discard(connection)
             connection.deadline = math.inf
+            if connection.has_answer:
+                self.received += 1
             if connection.is_idle and not self._closed.is_set():
                 self._idle.append(connection)
             else:
@@ -232,7 +235,10 @@ class Exchange:
 
     async def read(self) -> bytes:
         """The next piece; empty at the end of the body. Raises as `Connection.read`."""
-        return await self._connection.read()
+        piece = await self._connection.read()
+        if self._pool is not None:
+            self._pool.received += 1
+        return piece
 
     def close(self) -> None:
         """Give slot and connection back; a body that is not complete closes the connection. Idempotent, never waits."""

@@ -22,13 +22,17 @@ if TYPE_CHECKING:
 
     from trinfer.process.output import EngineLog
 
-__all__ = ["Attempt", "PortTaken"]
+__all__ = ["Attempt", "FinalFailure", "PortTaken"]
 
 logger = logging.getLogger(__name__)
 
 
 class PortTaken(ServerError):
     """Somebody else has the port that was leased for the engine: another port, at once, is the cure."""
+
+
+class FinalFailure(ServerError):
+    """The start has failed, and the same start would fail again."""
 
 
 class Attempt:
@@ -46,7 +50,7 @@ class Attempt:
         self._nursery: trio.Nursery | None = None
         self._verdict: ServerError | None = None
         self._decided = trio.Event()
-        self._exited = trio.Event()
+        self.began = trio.current_time()
         self.processes: list[GuardedProcess] = []
         self.port: int | None = None
         self.uds: str | None = None
@@ -114,7 +118,7 @@ class Attempt:
                 partial(self._run_process, list(command), {**self._env, **(env or {})}, cwd)
             )
         except SpawnError as error:
-            raise ServerError(
+            raise FinalFailure(
                 f"the engine's program {command[0]!r} could not be started: {error}",
                 cause="it is not installed, not on PATH, or not executable",
                 advice="install the engine, or set InferenceConfig.executable to its program",
@@ -131,18 +135,15 @@ class Attempt:
         *,
         task_status: trio.TaskStatus[GuardedProcess],
     ) -> None:
-        try:
-            outcome: EngineExit = await run_guarded(
-                command,
-                env=env,
-                cwd=cwd,
-                grace=self._grace,
-                marker=self._marker,
-                on_output=self._log.feed,
-                task_status=task_status,
-            )
-        finally:
-            self._exited.set()
+        outcome: EngineExit = await run_guarded(
+            command,
+            env=env,
+            cwd=cwd,
+            grace=self._grace,
+            marker=self._marker,
+            on_output=self._log.feed,
+            task_status=task_status,
+        )
         for survivor in outcome.survivors:
             logger.error(
                 "process %d (%s, state %s) of the engine survived SIGKILL and still holds what it held",

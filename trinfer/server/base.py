@@ -13,31 +13,30 @@ from __future__ import annotations
 import abc
 import logging
 import os
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import trio
 
-from trinfer.errors import InferenceError, ServerError
 from trinfer.http.origin import Origin
 from trinfer.process.output import EngineLog
-from trinfer.results import InferenceResult
-from trinfer.server.generation import StructuredModel, generation_payload, structured
-from trinfer.server.in_flight import InFlight, ServerStream
-from trinfer.server.lifecycle import Lifecycle, ServerState, Transition
+from trinfer.server.events import transitions
+from trinfer.server.health import HealthWatch
+from trinfer.server.in_flight import InFlight
+from trinfer.server.lifecycle import COMING, Lifecycle, ServerState, Transition
 from trinfer.server.link import Link, local_origin
 from trinfer.server.node import SINGLE, Node, find_node
+from trinfer.server.requests import RequestSurface
 from trinfer.server.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from types import TracebackType
 
     from trinfer.config import InferenceConfig
-    from trinfer.http.api import JsonStream
-    from trinfer.http.control import HttpxClient
+    from trinfer.errors import ServerError
     from trinfer.server.attempt import Attempt
+    from trinfer.server.reports import CrashReport
 
 __all__ = ["InferenceServer"]
 
@@ -45,9 +44,10 @@ logger = logging.getLogger(__name__)
 
 CLEANUP_MARGIN = 10.0  # seconds beyond the grace period after which cleaning up is given up and reported
 LOG_FLUSH = 5.0  # seconds for the last lines to reach the disk
+DRAIN_LOOKS = 0.02  # seconds between two looks whether a drain is over
 
 
-class InferenceServer(abc.ABC):
+class InferenceServer(RequestSurface, abc.ABC):
     """One inference server, alive inside its ``async with`` block.
 
     ``async with VLLMServer(config, rank=0) as server`` starts the engine in the background and returns at once, so
@@ -93,9 +93,9 @@ class InferenceServer(abc.ABC):
         self.log = EngineLog(None, max_bytes=config.server_log_max_bytes)
         self._lifecycle = Lifecycle(self.name)
         self._lifecycle.observers.append(self._on_transition)
-        self._in_flight = InFlight(self._lifecycle, self.is_local)
+        self._in_flight = InFlight(self._lifecycle, config, is_local=self.is_local)
         self._supervisor = Supervisor(self, self._lifecycle)
-        self._has_own_requests = type(self)._make_request is not InferenceServer._make_request
+        self._has_own_requests = type(self)._make_request is not RequestSurface._make_request
         self._nursery_manager: Any = None
         self._nursery: trio.Nursery | None = None
         self._run_scope = trio.CancelScope()
@@ -127,10 +127,6 @@ class InferenceServer(abc.ABC):
         """Whether ``GET /v1/models`` is answered with 200, right now, within 5 seconds."""
         link = self._supervisor.link
         return link is not None and (await link.models())[0] == 200
-
-    async def _make_request(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """Send one complete payload; subclasses may override it for engines with routes of their own."""
-        return await self._link().api.post_json(self.route, payload, timeout=self.config.request_timeout)
 
     # -- helpers for subclasses -----------------------------------------------------------------------------------
 
@@ -210,140 +206,53 @@ class InferenceServer(abc.ABC):
         """States and their observers."""
         return self._lifecycle
 
-    @property
-    def route(self) -> str:
-        """Path of generation requests, by ``use_chat``."""
-        return "/v1/chat/completions" if self.config.use_chat else "/v1/completions"
+    def events(self) -> AsyncIterator[Transition]:
+        """``async for event in server.events()``: each change of state, with reason and time, until it is stopped."""
+        return transitions(self._lifecycle)
 
     @property
-    def model(self) -> str:
-        """Name of the model in requests: the configured one, else the first that the server offers."""
-        return self.config.model or self._supervisor.found_model
+    def crash_reports(self) -> Sequence[CrashReport]:
+        """One for each start attempt of this life that has failed, oldest first; the last hundred."""
+        return tuple(self._supervisor.reports)
 
-    async def wait_ready(self) -> None:
-        """Return once the engine answers and is known to be ours.
+    @property
+    def restarts(self) -> int:
+        """How often the engine was started again in this life, after it had been ready."""
+        return self._supervisor.restarts
 
-        Raises:
-            ServerError: it failed, or was stopped; every waiter gets an error of its own with the same cause.
-        """
-        await self._lifecycle.wait_ready()
+    @property
+    def phase(self) -> str:
+        """What a starting engine is doing, as far as its output tells: "load weights", say; else empty."""
+        start = self._supervisor.start
+        return start.progress.phase if start is not None and self._lifecycle.state in COMING else ""
 
-    async def make_request(self, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """Wait for readiness, send one request, and return the server's answer.
+    async def drain(self, timeout: float, reason: str = "asked to") -> bool:
+        """Take no more requests, and wait until those under way have been answered.
 
-        The payload is not changed; the model's name and ``default_generation_params`` are filled in where it has none.
-        ``request_timeout`` holds from the moment that the engine is ready.
-
-        Raises:
-            InferenceError: this request failed: the server refused it, it took too long, its connection broke, …
-            ServerError: the engine failed or was stopped before it answered; with the log's last lines.
-
-        Cancelled: the request's connection is closed, so that the engine stops generating.
-        """
-        if self._lifecycle.state is not ServerState.READY:
-            await self.wait_ready()
-        complete = self._complete(payload)
-        if not self._has_own_requests:
-            # The short way for the usual case: each layer between costs on every request.
-            link = self._link()
-            try:
-                return await link.api.post_json(self.route, complete, timeout=self.config.request_timeout)
-            except InferenceError as error:
-                raise await self._in_flight.verdict(error, payload) from error.__cause__
-        return await self._in_flight.answered(partial(self._make_request, complete), payload)
-
-    async def request(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """POST to another route of the engine: embeddings, rerank, score, responses, tokenize, …
+        New requests raise `ServerError` from now on; those that wait for the engine to be ready still get their turn.
+        A drained server is left to be stopped: it does not take up work again.
 
         Args:
-            path: such as ``/v1/embeddings``.
-            payload: the model's name is filled in; generation parameters are not.
+            timeout: seconds to wait.
+            reason: for messages.
 
-        Raises, and when cancelled: as `make_request`.
+        Returns:
+            Whether all have been answered. Cancelled: it goes on to refuse new ones.
         """
-        await self._until_ready()
-        api = self._link().api
-        complete = {"model": self.model, **payload} if self.model else dict(payload)
-        send = partial(api.post_json, path, complete, timeout=self.config.request_timeout)
-        return await self._in_flight.answered_by_link(send, payload)
-
-    def stream_request(self, payload: Mapping[str, Any]) -> ServerStream:
-        """Send one request, and iterate over its chunks as they come.
-
-        ``async for chunk in server.stream_request(payload)``: chunks are the server's JSON objects, up to ``[DONE]``.
-        Leaving the loop early closes the connection when the stream is dropped; ``async with`` closes it at once.
-
-        Raises, in the loop: as `make_request`; errors after the first chunk say how many came. Cancelled: likewise.
-        """
-        return ServerStream(partial(self._open_stream, payload), self._in_flight, payload)
-
-    async def generate(
-        self,
-        prompt: str | Sequence[Mapping[str, Any]],
-        *,
-        response_model: StructuredModel[Any] | None = None,
-        max_validation_retries: int = 2,
-        **params: Any,  # noqa: ANN401  # generation parameters, whatever the server knows
-    ) -> InferenceResult:
-        """One generation, for a prompt or a list of messages.
-
-        Args:
-            prompt: a text, or messages (on the chat route only).
-            response_model: a pydantic model. Its JSON schema is sent as ``response_format``, and the text is read into
-                it, as ``result.parsed``.
-            max_validation_retries: how often an answer that does not fit is asked for again.
-            params: max_tokens, temperature, ….
-
-        Raises:
-            StructuredOutputError: no answer fitted the response_model.
-            InferenceError, ServerError: as `make_request`. Cancelled: likewise.
-        """
-        payload = {**generation_payload(prompt, use_chat=self.config.use_chat), **params}
-        if response_model is None:
-            return InferenceResult.from_response(await self.make_request(payload))
-        return await structured(self.make_request, payload, response_model, max_validation_retries)
+        self._lifecycle.drain(reason)
+        give_up = trio.current_time() + timeout
+        while True:
+            if not self.requests_in_flight:
+                return True
+            if self._lifecycle.is_down or trio.current_time() >= give_up:
+                return False
+            await trio.sleep(DRAIN_LOOKS)
 
     @property
-    def openai_base_url(self) -> str:
-        """URL for clients of the user's own, with ``/v1``; the key is `api_key`.
-
-        Raises:
-            ServerError: the engine is reached through a unix socket, or does not run.
-        """
-        if self.uds is not None:
-            raise ServerError(
-                f"{self.name} listens on a unix socket", advice='use transport="tcp" for clients of your own'
-            )
-        return f"{self.get_base_url()}/v1"
-
-    @property
-    def api_key(self) -> str | None:
-        """The key that the engine or endpoint asks for; None without one."""
-        return self._api_key()
-
-    @property
-    def http(self) -> HttpxClient:
-        """An `httpx.AsyncClient` for everything else; its base URL is the engine's. Closed with the server."""
-        return self._link().http
-
-    async def _until_ready(self) -> None:
-        if self._lifecycle.state is not ServerState.READY:
-            await self.wait_ready()
-
-    async def _open_stream(self, payload: Mapping[str, Any]) -> JsonStream:
-        await self._until_ready()
-        return self._link().api.stream_json(self.route, self._complete(payload), timeout=self.config.request_timeout)
-
-    def _link(self) -> Link:
-        if self._supervisor.link is None:
-            raise self._lifecycle.down_error()
-        return self._supervisor.link
-
-    def _complete(self, payload: Mapping[str, Any]) -> dict[str, Any]:
-        complete: dict[str, Any] = {**self.config.default_generation_params, **payload}
-        if self.model:
-            complete.setdefault("model", self.model)
-        return complete
+    def requests_in_flight(self) -> int:
+        """Requests that were accepted and are not answered yet, streams included."""
+        link = self._supervisor.link
+        return max(self._in_flight.count, link.api.pool.in_use if link is not None else 0)
 
     async def server_cleanup(self) -> None:
         """Stop the engine and wait until nothing of it is left; idempotent.
@@ -454,11 +363,11 @@ class InferenceServer(abc.ABC):
             self._ended.set()
 
     def _on_transition(self, transition: Transition) -> None:
-        if transition.after is ServerState.FAILED:
+        if transition.after in {ServerState.FAILED, ServerState.RESTARTING}:
             self._cut_requests()
 
     def _cut_requests(self) -> None:
-        """Requests in flight get nothing from a server that is down; `make_request` tells them why."""
+        """Requests in flight get nothing from an engine that is down; `InFlight.replay` sees what becomes of them."""
         if self._supervisor.link is not None:
             self._supervisor.link.api.close()
         self._in_flight.interrupt()
@@ -467,6 +376,21 @@ class InferenceServer(abc.ABC):
         """Whether a subclass decides itself what ready means."""
         return type(self).is_ready is not InferenceServer.is_ready
 
+    def health_watch(self, attempt: Attempt, link: Link) -> HealthWatch | None:
+        """Who watches whether the engine of an attempt gets anywhere; None for engines that are no processes."""
+        if not attempt.processes:
+            return None
+        in_flight, pool = self._in_flight, link.api.pool
+        return HealthWatch(
+            self.name,
+            self.config,
+            attempt,
+            link,
+            in_flight=lambda: pool.in_use + in_flight.own,
+            received=lambda: pool.received + in_flight.answered,
+            token_probe=(self.route, self._token_probe()),
+        )
+
     def open_link(self) -> Link:
         """Clients for the current attempt; a subclass's own `get_base_url` wins."""
         if type(self).get_base_url is not InferenceServer.get_base_url:
@@ -474,9 +398,6 @@ class InferenceServer(abc.ABC):
         else:
             origin = local_origin(self._current(), self.host)
         return Link(origin, self._api_key(), self.config)
-
-    def _api_key(self) -> str | None:
-        return self.config.api_key
 
     def _current(self) -> Attempt:
         if self._supervisor.attempt is None:

@@ -29,6 +29,7 @@ class Diagnosis:
     Attributes:
         name, cause, advice, kind: see `Pattern`; placeholders are filled in.
         line: the line that told it; empty where the exit code did.
+        is_symptom: it follows from something else, which was not found.
     """
 
     name: str
@@ -36,6 +37,12 @@ class Diagnosis:
     advice: str
     kind: Kind
     line: str
+    is_symptom: bool = False
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the same start would fail again."""
+        return self.kind == "fatal" and not self.is_symptom
 
 
 KILLED = Diagnosis(
@@ -87,7 +94,7 @@ def _diagnosis(pattern: Pattern, match: re.Match[str], line: str) -> Diagnosis:
     if pattern.advice_with_groups is not None and any(match.groupdict().values()):
         # Alternatives of a regex have groups of their own: those that are not there are empty.
         advice = pattern.advice_with_groups.format(**match.groupdict(default=""))
-    return Diagnosis(pattern.name, pattern.cause, advice, pattern.kind, line)
+    return Diagnosis(pattern.name, pattern.cause, advice, pattern.kind, line, pattern.is_symptom)
 
 
 def is_port_in_use(text: str) -> bool:

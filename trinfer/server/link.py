@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trinfer.config import InferenceConfig
     from trinfer.server.attempt import Attempt
 
-__all__ = ["Link", "local_origin", "reachable"]
+__all__ = ["PROBE_TIMEOUT", "Link", "is_ours", "local_origin", "reachable"]
 
 READINESS_PATH = "/v1/models"
 PROBE_TIMEOUT = 5.0  # seconds for one look; SGLang is known to take one
@@ -60,6 +60,10 @@ class Link:
             return 0, b""
         self.last_look = f"GET {self.origin.url}{READINESS_PATH}: status {status}"
         return status, body
+
+    async def get(self, path: str, *, timeout: float) -> tuple[int, bytes]:
+        """Status and body of ``GET path``, on the control plane. Raises `InferenceError`."""
+        return await self._control.get(path, timeout=timeout)
 
     def is_open(self) -> bool:
         """Whether somebody listens, told for the price of a refused connect."""
