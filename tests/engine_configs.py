@@ -17,7 +17,13 @@ def fake_command(*options: str, address: tuple[str, ...] = ("--port", "{port}"))
 
 def fake_config(*options: str, address: tuple[str, ...] = ("--port", "{port}"), **settings: Any) -> InferenceConfig:
     """A custom server that runs the fake engine; impatient, so that tests are quick."""
-    settings = {"shutdown_grace_sec": 1.0, "server_start_max_retries": 0, "max_restarts": 0, "request_timeout": 20.0, **settings}
+    settings = {
+        "shutdown_grace_sec": 1.0,
+        "server_start_max_retries": 0,
+        "max_restarts": 0,
+        "request_timeout": 20.0,
+        **settings,
+    }
     return InferenceConfig(
         "custom", "fake", model_kwargs={"server_command": fake_command(*options, address=address)}, **settings
     )

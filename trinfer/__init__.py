@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from trinfer.errors import RequestError as RequestError
     from trinfer.errors import RequestTimeout as RequestTimeout
     from trinfer.errors import ServerError as ServerError
+    from trinfer.errors import StreamInterrupted as StreamInterrupted
     from trinfer.errors import StructuredOutputError as StructuredOutputError
     from trinfer.errors import TrinferError as TrinferError
     from trinfer.results import InferenceResult as InferenceResult
@@ -65,6 +66,7 @@ _HOME = {
     "RequestError": "trinfer.errors",
     "RequestTimeout": "trinfer.errors",
     "ServerError": "trinfer.errors",
+    "StreamInterrupted": "trinfer.errors",
     "StructuredOutputError": "trinfer.errors",
     "TrinferError": "trinfer.errors",
     "InferenceResult": "trinfer.results",
@@ -94,6 +96,7 @@ __all__ = [
     "SGLangServer",
     "ServerError",
     "ServerState",
+    "StreamInterrupted",
     "StructuredOutputError",
     "TransformersServer",
     "TrinferError",

@@ -20,7 +20,7 @@ import trio
 
 from trinfer.http.origin import Origin
 from trinfer.process.output import EngineLog
-from trinfer.server.events import transitions
+from trinfer.server.events import Events
 from trinfer.server.health import HealthWatch
 from trinfer.server.in_flight import InFlight
 from trinfer.server.lifecycle import COMING, Lifecycle, ServerState, Transition
@@ -30,7 +30,7 @@ from trinfer.server.requests import RequestSurface
 from trinfer.server.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
     from types import TracebackType
 
     from trinfer.config import InferenceConfig
@@ -206,9 +206,9 @@ class InferenceServer(RequestSurface, abc.ABC):
         """States and their observers."""
         return self._lifecycle
 
-    def events(self) -> AsyncIterator[Transition]:
+    def events(self) -> Events:
         """``async for event in server.events()``: each change of state, with reason and time, until it is stopped."""
-        return transitions(self._lifecycle)
+        return Events(self._lifecycle)
 
     @property
     def crash_reports(self) -> Sequence[CrashReport]:

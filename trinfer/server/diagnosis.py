@@ -49,7 +49,7 @@ KILLED = Diagnosis(
     "killed",
     "it was killed by SIGKILL, most often by the kernel because the machine or the job ran out of main memory",
     "look into `dmesg`, or the job's accounting, for the OOM killer; ask for more memory, or use a smaller model",
-    "resource",
+    "transient",  # what it held is free by now
     "",
 )
 KILLED_CODES = frozenset({-9, 137})

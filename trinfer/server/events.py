@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, Self
 
 import trio
 
-from trinfer.server.lifecycle import ServerState, Transition
+from trinfer.server.lifecycle import ServerState
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from trinfer.server.lifecycle import Lifecycle, Transition
 
-    from trinfer.server.lifecycle import Lifecycle
-
-__all__ = ["transitions"]
+__all__ = ["Events"]
 
 
-async def transitions(lifecycle: Lifecycle) -> AsyncIterator[Transition]:
-    """Every transition from the first step of the iteration on, until the server has been stopped.
+class Events:
+    """Every transition since this was made, until the server has been stopped; an async iterator for one task.
 
-    A slow reader misses nothing: transitions are few, and wait for it.
+    A slow reader misses nothing: transitions are few, and wait for it. One that is dropped costs nothing more.
     """
-    send, receive = trio.open_memory_channel[Transition](math.inf)
-    lifecycle.observers.append(send.send_nowait)
-    try:
-        async with receive:
-            async for transition in receive:
-                yield transition
-                if transition.after is ServerState.STOPPED:
-                    return
-    finally:
-        lifecycle.observers.remove(send.send_nowait)
-        send.close()
+
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        self._waiting: deque[Transition] = deque()
+        self._news = trio.Event()
+        self._over = False
+        ref = weakref.ref(self)
+
+        def hear(transition: Transition) -> None:
+            events = ref()
+            if events is not None:
+                events._waiting.append(transition)
+                events._news.set()
+            if events is None or transition.after is ServerState.STOPPED:
+                lifecycle.observers.remove(hear)
+
+        lifecycle.observers.append(hear)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Transition:
+        """The next one. Cancelled: it is kept for the next call."""
+        if self._over:
+            raise StopAsyncIteration
+        while not self._waiting:
+            self._news = trio.Event()
+            await self._news.wait()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        transition = self._waiting.popleft()
+        self._over = transition.after is ServerState.STOPPED
+        return transition

@@ -26,7 +26,7 @@ BODY_END = b"\r\n\r\n"
 FAULTS = "FAKE_ENGINE_FAULTS"
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str], *, with_environment: bool = True) -> argparse.Namespace:
     """Options; times in seconds."""
     parser = argparse.ArgumentParser(prog="fake_engine", description="An engine with faults to order.")
     add = parser.add_argument
@@ -47,6 +47,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     start.add_argument("--fail-starts", type=int, default=0, help="exit in the first N starts (counted likewise)")
     start.add_argument("--counter", help="file that counts starts")
+    start.add_argument(
+        "--only-first", type=int, default=0, metavar="N", help="be well from start N + 1 on (counted likewise)"
+    )
     crash = parser.add_argument_group("crash")
     crash.add_argument("--crash-at", default="", help="before-bind, loading, ready:SECONDS or request:N")
     crash.add_argument("--exit-code", type=int, default=1)
@@ -76,12 +79,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
     serve.add_argument("--stall-at", nargs=2, action="append", default=[], metavar=("N", "SECONDS"))
     serve.add_argument("--retry-after", default="", help="header that goes with --status-at")
     serve.add_argument("--reset-at", type=int, default=-1, help="reset the connection in the middle of answer N")
+    serve.add_argument("--sick-after", type=float, default=-1, help="/health answers 503 after this time")
+    serve.add_argument("--silent-health", action="store_true", help="/health does not answer")
+    serve.add_argument("--no-metrics", action="store_true", help="/metrics does not exist")
+    serve.add_argument("--work", action="store_true", help="a counter in /metrics moves while a request is under way")
+    serve.add_argument("--burn", action="store_true", help="use CPU while a request is under way")
+    serve.add_argument("--probes-file", help="append a line here for each GET")
     serve.add_argument("--aborted-file", help="append a line here when a client goes away before its answer")
-    options = parser.parse_args([*from_environment(), *argv])
+    options = parser.parse_args([*(from_environment() if with_environment else ()), *argv])
     phase, _, number = options.crash_at.partition(":")
     if phase not in {"", "before-bind", "loading", "ready", "request"} or (phase == "request" and not number.isdigit()):
         parser.error(f"--crash-at {options.crash_at}: allowed are before-bind, loading, ready:SECONDS, request:N")
     return options
+
+
+def parse_only(argv: list[str], names: tuple[str, ...]) -> argparse.Namespace:
+    """Only these options of a command line."""
+    given = parse(argv)
+    chosen = parse([], with_environment=False)
+    for name in names:
+        attribute = name.removeprefix("--").replace("-", "_")
+        setattr(chosen, attribute, getattr(given, attribute))
+    return chosen
 
 
 def from_environment() -> list[str]:
@@ -105,6 +124,12 @@ def crash(options: argparse.Namespace) -> NoReturn:
         os.kill(os.getpid(), number)
         time.sleep(5)
     os._exit(options.exit_code)
+
+
+def burn(seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        sum(range(1000))
 
 
 def child(code: str, *, own_session: bool = False) -> None:
@@ -180,6 +205,7 @@ class Engine:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.loaded_at = time.monotonic() + options.loading_503
+        self.born = time.monotonic()
         self.lock = threading.Lock()
         self.requests = self.running = self.tokens = 0
 
@@ -234,13 +260,20 @@ class Engine:
             client.close()
 
     def answer(self, client: socket.socket, method: str, path: str, body: bytes) -> None:
+        if method == "GET" and self.options.probes_file:
+            with open(self.options.probes_file, "a", encoding="utf-8") as file:
+                file.write(f"{path} {self.running}\n")
         if time.monotonic() < self.loaded_at:
             self.send(client, 503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}})
         elif path == "/health":
-            self.send(client, 200, {"status": "ok"})
+            if self.options.silent_health:
+                self.gone_within(client, 600)
+                raise ConnectionAbortedError
+            sick = 0 <= self.options.sick_after < time.monotonic() - self.born
+            self.send(client, 503 if sick else 200, {"status": "sick" if sick else "ok"})
         elif path == "/v1/models":
             self.send(client, 200, {"object": "list", "data": [{"id": self.options.model, "object": "model"}]})
-        elif path == "/metrics":
+        elif path == "/metrics" and not self.options.no_metrics:
             self.send_metrics(client)
         elif method == "POST" and path in {"/v1/completions", "/v1/chat/completions"}:
             with self.lock:
@@ -265,6 +298,8 @@ class Engine:
         patience = options.latency + sum(float(seconds) for at, seconds in options.stall_at if int(at) == number)
         if 0 <= options.wedge_after < number:
             patience = 600
+        if options.burn:
+            threading.Thread(target=burn, args=(patience,), daemon=True).start()
         if self.gone_within(client, patience):
             if options.aborted_file:
                 with open(options.aborted_file, "a", encoding="utf-8") as file:
@@ -350,6 +385,9 @@ class Engine:
         values = {
             ("num_requests_running", "gauge"): self.running,
             ("num_requests_waiting", "gauge"): 0,
+            ("prompt_tokens_total", "counter"): int(time.monotonic() * 1000)
+            if self.options.work and self.running
+            else 0,
             ("generation_tokens_total", "counter"): self.tokens,
             ("request_success_total", "counter"): self.requests - self.running,
         }
@@ -371,6 +409,9 @@ class Engine:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     started = count_start(options.counter) if options.counter else 1
+    if 0 < options.only_first < started:
+        keep = ("--port", "--host", "--uds", "--model", "--latency", "--probes-file", "--work", "--no-metrics")
+        options = parse_only(argv, keep)
 
     def stop(*_: object) -> None:
         time.sleep(options.slow_stop)
