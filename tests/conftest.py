@@ -32,7 +32,7 @@ for _name in ("TRINFER_API_KEY", "OPENAI_API_KEY", "DATATROVE_NODE_RANK", "SLURM
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("dev", max_examples=50, **_common)
 settings.register_profile("ci", max_examples=200, print_blob=True, **_common)
-settings.register_profile("deep", max_examples=5000, verbosity=Verbosity.normal, **_common)
+settings.register_profile("deep", max_examples=10_000, verbosity=Verbosity.normal, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 

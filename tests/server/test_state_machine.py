@@ -1,7 +1,9 @@
-"""Hypothesis drives a server with a real engine through start, requests, cancellations, kills and exit.
+"""Hypothesis drives a server with a real engine through start, requests, cancellations, kills, restarts and exit.
 
 The machine is synchronous; trio runs in a thread for the machine's life. After each run: no survivor, no hang, only
-answers or typed errors, and states along allowed edges.
+answers or typed errors (one for each request), states along allowed edges, and no more restarts than the budget allows.
+
+    HYPOTHESIS_PROFILE=deep python -m pytest tests/server/test_state_machine.py     10,000 examples
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from typing import Any
 import trio
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.engine_configs import fake_config, text_of
 from trinfer import CustomServer, InferenceError, ServerError, ServerState
 from trinfer.process.guard import descendants
 from trinfer.process.spawn import marked_processes
 from trinfer.server.identity import RUN_VARIABLE, run_id
-from trinfer.server.lifecycle import ALLOWED, Transition
+from trinfer.server.lifecycle import ALLOWED, COMING, Transition
 
 HANG = 15.0  # seconds after which something is said to hang: grace is 0.3 s, and no answer takes longer than that
 
@@ -42,6 +44,10 @@ STARTS = st.sampled_from(
         ("--port-in-use", "1"),
         ("--fail-starts", "1"),
         ("--status-at", "1", "503"),
+        ("--status-at", "2", "500"),
+        ("--sick-after", "0.1"),
+        ("--silent-health",),
+        ("--latency", "0.1"),
         (),
     ]
 )
@@ -61,27 +67,44 @@ class ServerMachine(RuleBasedStateMachine):
         self.sent = 0
         self.thread: threading.Thread | None = None
 
-    @initialize(start=STARTS, tree=TREES, uses=st.integers(0, 1), kind=st.sampled_from(["return", "raise", "cancel"]))
-    def enter(self, start, tree, uses, kind):
+    @initialize(
+        start=STARTS,
+        tree=TREES,
+        uses=st.integers(0, 1),
+        restarts=st.sampled_from([3, 2, 1, 0]),
+        replays=st.integers(0, 3),
+        recovers=st.booleans(),
+        settled=st.booleans(),
+        drains=st.sampled_from([False, False, False, True]),
+        kind=st.sampled_from(["return", "raise", "cancel"]),
+    )
+    def enter(self, start, tree, uses, restarts, replays, recovers, settled, drains, kind):
         self.counter = f"/tmp/tri-counter-{os.getpid()}-{id(self)}"
         config = fake_config(
             *start,
             *sorted(tree),
-            "--counter",
-            self.counter,
+            *("--counter", self.counter),
+            *(("--only-first", "1") if recovers else ()),
             shutdown_grace_sec=0.3,
             server_start_max_retries=uses,
+            max_restarts=restarts,
+            max_replays=replays,
+            restart_backoff_sec=0.02,
+            stall_timeout=0.4,
+            probe_interval_sec=0.1,
             server_ready_max_attempts=2,
             server_ready_delay_sec=0.4,
             request_timeout=1.0,
         )
         self.server = CustomServer(config)
         self.server.lifecycle.observers.append(self.transitions.append)
-        self.way_out = kind
+        self.way_out, self.drains = kind, drains
         started: queue.Queue[Any] = queue.Queue()
         self.thread = threading.Thread(target=self.live, args=(started,), name="trio loop")
         self.thread.start()
         self.token, self.tasks, self.leave_now = started.get(timeout=HANG)
+        if settled:
+            self.settle()
 
     def live(self, started: queue.Queue[Any]) -> None:
         async def main() -> None:
@@ -125,7 +148,7 @@ class ServerMachine(RuleBasedStateMachine):
     def wait(self, seconds):
         trio.from_thread.run(trio.sleep, seconds, trio_token=self.token)
 
-    @rule(which=st.sampled_from(["engine", "descendant", "outer", "inner", "both"]), pick=st.integers(0, 99))
+    @rule(which=st.sampled_from(["engine", "engine", "descendant", "outer", "inner", "both"]), pick=st.integers(0, 99))
     def kill(self, which, pick):
         attempt = self.server._supervisor.attempt
         if attempt is None or not attempt.processes:
@@ -145,6 +168,22 @@ class ServerMachine(RuleBasedStateMachine):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
+    @rule()
+    def settle(self):
+        """Wait until the start, or restart, has ended one way or the other."""
+
+        async def wait() -> None:
+            with trio.move_on_after(1.0):
+                while self.server.state in COMING:
+                    await trio.sleep(0.01)
+
+        trio.from_thread.run(wait, trio_token=self.token)
+
+    @precondition(lambda self: self.drains)
+    @rule(timeout=st.floats(0, 0.3))
+    def drain(self, timeout):
+        self.call(self.tasks.start_soon, self.server.drain, timeout)
+
     def leave(self):
         self.call(self.leave_now.set)
         assert self.thread is not None
@@ -158,14 +197,22 @@ class ServerMachine(RuleBasedStateMachine):
         for transition in list(self.transitions):
             assert transition.after in ALLOWED[transition.before]
 
+    @invariant()
+    def restarts_keep_within_the_budget(self):
+        if self.thread is not None:
+            most = self.server.config.max_restarts
+            assert self.server.restarts <= most
+            assert sum(t.after is ServerState.RESTARTING for t in list(self.transitions)) <= most
+
     def teardown(self):
         if self.thread is None:
             return
         self.leave()
         with suppress(FileNotFoundError):
             os.unlink(self.counter)
+        names = sorted(name for name, _ in self.outcomes if name != "left by")
+        assert names == sorted(f"request-{n + 1}" for n in range(self.sent)), "each request has one outcome"
         answers = {name: outcome for name, outcome in self.outcomes if name != "left by"}
-        assert len(answers) == self.sent, "a request has neither an answer nor an error"
         for name, outcome in answers.items():
             assert outcome in {f"echo: {name}", "cancelled"} or isinstance(outcome, InferenceError | ServerError), (
                 outcome
@@ -173,7 +220,7 @@ class ServerMachine(RuleBasedStateMachine):
         assert ("left by" in dict(self.outcomes)) == (self.way_out == "raise")
 
 
-ServerMachine.TestCase.settings = settings(max_examples=min(settings().max_examples, 80), stateful_step_count=8)
+ServerMachine.TestCase.settings = settings(stateful_step_count=8)
 
 
 class TestServerMachine(ServerMachine.TestCase):

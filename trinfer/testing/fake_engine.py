@@ -35,6 +35,7 @@ def parse(argv: list[str], *, with_environment: bool = True) -> argparse.Namespa
     add("--uds", help="listen on this unix socket")
     add("--model", default="fake", help="name in /v1/models")
     add("--latency", type=float, default=0, help="time before each answer")
+    add("--token-latency", type=float, default=0, help="time before each answer, for each of its words")
     start = parser.add_argument_group("start")
     start.add_argument("--ready-after", type=float, default=0, help="bind only after this time")
     start.add_argument("--loading-503", type=float, default=0, help="bind at once, and answer 503 for this time")
@@ -58,6 +59,7 @@ def parse(argv: list[str], *, with_environment: bool = True) -> argparse.Namespa
     tree.add_argument("--deaf", action="store_true", help="ignore SIGTERM and SIGINT")
     tree.add_argument("--slow-stop", type=float, default=0, help="time between SIGTERM and the exit")
     tree.add_argument("--children", type=int, default=0, help="workers in the same process group")
+    tree.add_argument("--needs-children", action="store_true", help="answer nothing more once one of them has died")
     tree.add_argument("--own-session", action="store_true", help="a child in a session of its own")
     tree.add_argument("--daemon", action="store_true", help="a double-forked daemon")
     tree.add_argument("--deaf-grandchild", action="store_true", help="a grandchild that ignores SIGTERM")
@@ -132,9 +134,12 @@ def burn(seconds: float) -> None:
         sum(range(1000))
 
 
+CHILDREN: list[subprocess.Popen[bytes]] = []
+
+
 def child(code: str, *, own_session: bool = False) -> None:
     command = [sys.executable, "-I", "-S", "-c", code]
-    subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=own_session)
+    CHILDREN.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=own_session))
 
 
 SLEEP = "import time; time.sleep(600)"
@@ -300,7 +305,12 @@ class Engine:
             patience = 600
         if options.burn:
             threading.Thread(target=burn, args=(patience,), daemon=True).start()
-        if self.gone_within(client, patience):
+        if options.token_latency:
+            patience += options.token_latency * len(body.split())
+        gone = self.gone_within(client, patience)
+        if options.needs_children and any(worker.poll() is not None for worker in CHILDREN):
+            gone = gone or self.gone_within(client, 600)
+        if gone:
             if options.aborted_file:
                 with open(options.aborted_file, "a", encoding="utf-8") as file:
                     file.write(f"{number}\n")
