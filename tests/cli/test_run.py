@@ -167,7 +167,7 @@ def test_an_engine_that_dies_stops_the_run_and_keeps_what_was_answered(tmp_path:
     command = json.dumps(fake_command("--crash-at", "request:50", "--print", "its last words"))
     code, _, stderr = trinfer(
         *("run", source, "-o", tmp_path / "out", "--engine", "custom", "--model", "fake", "--max-concurrent", "4"),
-        *("--model-kwarg", f"server_command={command}", "--no-progress"),
+        *("--model-kwarg", f"server_command={command}", "--no-progress", "--max-restarts", "0"),
     )
     assert code == 3
     assert "the engine ended while serving: exit code 1" in stderr
@@ -261,20 +261,32 @@ def test_a_disk_that_fills_up_stops_the_run_and_keeps_what_fits(tmp_path: Path, 
     assert (small_disk / "out.partial").stat().st_size > 30_000
 
 
+def test_an_engine_that_dies_now_and_then_is_started_again(tmp_path: Path):
+    source = write(tmp_path / "in", *({"id": i, "prompt": f"p{i}"} for i in range(200)))
+    command = json.dumps(fake_command("--crash-at", "request:80"))
+    code, _, stderr = trinfer(
+        *("run", source, "-o", tmp_path / "out", "--engine", "custom", "--model", "fake", "--max-concurrent", "4"),
+        *("--model-kwarg", f"server_command={command}", "--no-progress"),
+    )
+    assert code == 0, stderr
+    assert "starting again after" in stderr
+    assert sorted(row["id"] for row in rows(tmp_path / "out")) == list(range(200))
+
+
 # -- signals, crashes, terminals ------------------------------------------------------------------------------------
 
 
-def start(tmp_path: Path, **kwargs) -> subprocess.Popen[bytes]:
+def start(tmp_path: Path, *options: str, latency: float = 0.05, more: str = "") -> subprocess.Popen[bytes]:
     source = write(tmp_path / "in", *({"id": i, "prompt": f"p{i}"} for i in range(500)))
-    command = json.dumps(fake_command("--latency", "0.05", "--daemon", "--own-session"))
+    command = json.dumps(fake_command("--latency", str(latency), "--daemon", "--own-session", *more.split()))
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "trinfer", "run", source, "-o", tmp_path / "out", "--engine", "custom"),
             *("--model", "fake", "--model-kwarg", f"server_command={command}", "--max-concurrent", "4"),
+            *options,
         ],
         cwd=ROOT,
         stderr=subprocess.PIPE,
-        **kwargs,
     )
 
 
@@ -291,18 +303,68 @@ def engines_of(pid: int) -> list[int]:
     return marked_processes({"TRINFER_RUN_ID": f"{pid}-{start_time}"})
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_the_run_and_keeps_what_was_answered(tmp_path: Path, number, code):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_signal_stops_the_run_when_what_is_under_way_has_been_answered(tmp_path: Path, number, code):
     process = start(tmp_path)
     wait_for_rows(tmp_path, 5)
+    before = len(rows(tmp_path / "out.partial"))
     process.send_signal(number)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == code
     assert b"Traceback" not in stderr
     assert b"stopping" in stderr
     kept = rows(tmp_path / "out.partial")
-    assert len({row["id"] for row in kept}) == len(kept) >= 5
+    # The four requests that were under way are not lost.
+    assert len({row["id"] for row in kept}) == len(kept) >= before + 4
+    assert all("generation" in row for row in kept)
     assert f"{len(kept)} rows" in stderr.decode()
+
+
+def test_what_takes_too_long_is_dropped(tmp_path: Path):
+    process = start(tmp_path, "--drain-timeout", "0.1")
+    wait_for_rows(tmp_path, 5)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert time.monotonic() - began < 5
+
+
+def test_a_second_signal_ends_the_run_at_once_and_leaves_no_engine(tmp_path: Path):
+    process = start(tmp_path, latency=30)
+    assert process.stderr is not None
+    give_up = time.monotonic() + 20
+    while not (engines := engines_of(process.pid)) and time.monotonic() < give_up:
+        time.sleep(0.02)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None  # it waits for what is under way
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=2)
+    process.stderr.close()
+    assert process.returncode == 130
+    give_up = time.monotonic() + 4
+    while (left := [pid for pid in engines if Path(f"/proc/{pid}").exists()]) and time.monotonic() < give_up:
+        time.sleep(0.02)
+    assert left == []
+
+
+def test_an_engine_that_still_loads_is_not_waited_for(tmp_path: Path):
+    process = start(tmp_path, more="--ready-after 60")
+    while not engines_of(process.pid):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 75, stderr
+
+
+def test_a_time_limit(tmp_path: Path):
+    process = start(tmp_path, "--time-limit", "0:02")
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert b"the time limit is reached" in stderr
+    assert len(rows(tmp_path / "out.partial")) >= 4
 
 
 def test_kill_9_leaves_whole_rows_and_no_engine(tmp_path: Path):

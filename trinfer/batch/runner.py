@@ -1,7 +1,7 @@
 """Reader, workers, writer: one generation per row, many at a time, in bounded memory.
 
 Rules: a row that fails is an output row like any other; only a failed engine or file stops the run. What has been
-answered is written, also when the run is stopped or cancelled.
+answered is written, also when the run is stopped or cancelled; stopping lets the requests under way be answered.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Summary:
         failures: per type of error, how often, and the message of the first.
         ready_after: seconds from the start of the run until the engine was ready; None before.
         began: seconds of trio's clock.
+        is_complete: every row of the input has its outcome.
     """
 
     began: float = 0.0
@@ -72,6 +73,7 @@ class Summary:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     in_flight: int = 0
+    is_complete: bool = False
     finish_reasons: Counter[str] = field(default_factory=Counter)
     failures: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -103,6 +105,7 @@ async def run_rows(
     params: Mapping[str, Any],
     summary: Summary,
     progress: Progress | None = None,
+    stop: trio.Event | None = None,
 ) -> None:
     """Send every row's request, and write every row's outcome, in the order in which they are done.
 
@@ -110,13 +113,14 @@ async def run_rows(
         max_concurrent: requests under way at once, >= 1.
         params: generation parameters of every request.
         summary: filled as the run goes on.
+        stop: when it is set, no more rows are begun, and those under way are finished.
 
     Raises:
         ServerError: the engine failed. TrinferError of the reader or writer: a file failed.
 
     Cancelled: requests under way are dropped; what was answered is written.
     """
-    run = _Run(server, writer, params, summary, progress)
+    run = _Run(server, writer, params, summary, progress, trio.Event() if stop is None else stop)
     await run.all(reader, max_concurrent)
 
 
@@ -128,9 +132,11 @@ class _Run:
         params: Mapping[str, Any],
         summary: Summary,
         progress: Progress | None,
+        stop: trio.Event,
     ) -> None:
         self._server, self._writer, self._params = server, writer, params
         self._summary, self._progress = summary, progress
+        self._stopping = stop
         self._failure: TrinferError | None = None
         self._scope = trio.CancelScope()
 
@@ -149,18 +155,28 @@ class _Run:
             async with send_lines:
                 with self._scope:
                     async with trio.open_nursery() as work, rows:
-                        work.start_soon(self._read, reader, send_rows)
                         work.start_soon(self._await_engine)
                         for _ in range(max_concurrent):
                             work.start_soon(self._work, rows.clone(), send_lines)
+                        await self._read(reader, send_rows)
         if self._failure is not None:
             raise self._failure
 
     async def _read(self, reader: RowReader, rows: trio.MemorySendChannel[Row]) -> None:
-        try:
-            await reader.read(rows)
-        except TrinferError as error:
-            self._stop(error)
+        async with trio.open_nursery() as nursery:
+
+            async def give_up() -> None:
+                await self._stopping.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(give_up)
+            try:
+                await reader.read(rows)
+            except TrinferError as error:
+                self._stop(error)
+            else:
+                self._summary.is_complete = True
+            nursery.cancel_scope.cancel()
 
     async def _await_engine(self) -> None:
         """Only to know when it was ready; rows are read and requests prepared meanwhile."""
@@ -175,6 +191,9 @@ class _Run:
         summary = self._summary
         async with rows:
             async for row in rows:
+                if self._stopping.is_set():
+                    summary.is_complete = False
+                    return
                 try:
                     output = await self._generate(row)
                 except TrinferError as error:

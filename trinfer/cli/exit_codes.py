@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["ENGINE", "FILES", "INTERRUPTED", "OK", "ROWS_FAILED", "TABLE", "TERMINATED", "USAGE"]
+__all__ = ["ENGINE", "FILES", "INTERRUPTED", "OK", "REQUEUE", "ROWS_FAILED", "TABLE", "USAGE"]
 
 OK = 0
 ROWS_FAILED = 1
 USAGE = 2
 ENGINE = 3
 FILES = 4
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h, which job scripts know
 INTERRUPTED = 130
-TERMINATED = 143
 
 TABLE = """\
 exit codes:
@@ -19,5 +19,8 @@ exit codes:
   2    a wrong option or config
   3    the engine did not start, or died
   4    an input or output file could not be used
-  130  interrupted (SIGINT); 143: terminated (SIGTERM)
+  75   stopped by SIGTERM, SIGUSR1 or --time-limit; what was under way has been finished: run it again
+  130  interrupted (SIGINT)
+the first signal lets requests under way be answered, for --drain-timeout seconds; the second ends the run at once, with
+128 plus its number.
 """

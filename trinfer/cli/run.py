@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from trinfer.batch.files import JsonlReader, JsonlWriter
     from trinfer.batch.runner import Summary
     from trinfer.config import InferenceConfig
+    from trinfer.server.base import InferenceServer
 
 __all__ = ["add_parser", "execute"]
 
@@ -49,6 +50,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add(
         "--max-concurrent", type=_at_least_one, default=256, metavar="N", help="requests at once (default: %(default)s)"
     )
+    add("--time-limit", type=_duration, metavar="TIME", help="stop in time: seconds, or [DAYS-][HOURS:]MINUTES:SECONDS")
+    add(
+        "--drain-timeout",
+        type=_seconds,
+        default=20.0,
+        metavar="SECONDS",
+        help="how long a run that is stopped may take for what is under way (default: %(default)g)",
+    )
     add("--no-progress", action="store_true", help="show no progress")
     add("-q", "--quiet", action="store_true", help="show neither progress nor summary")
 
@@ -65,6 +74,20 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--transport", choices=("auto", "tcp", "uds"), default="auto", help="how to reach it (default: %(default)s)")
     add("--server-log-folder", metavar="FOLDER", help="keep the engine's output here")
     add("--ready-timeout", type=float, default=1500.0, metavar="SECONDS", help="for loading (default: %(default)g)")
+    add(
+        "--max-restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="start an engine that dies again, so often in ten minutes (default: %(default)s)",
+    )
+    add(
+        "--stall-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="start it again when nothing moves for so long; 0 never does (default: %(default)g)",
+    )
     add("--trust-remote-code", action="store_true", help="let the engine run code that comes with the model")
 
     request = parser.add_argument_group("requests")
@@ -82,6 +105,31 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SECONDS",
         help="for one request (default: %(default)g)",
     )
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed are seconds >= 0")
+    return value
+
+
+def _duration(text: str) -> float:
+    """``90``, ``1:30``, ``2:00:00``, ``1-12:00:00``: as SLURM writes them, but a single number is seconds."""
+    days, dash, rest = text.rpartition("-")
+    try:
+        parts = [float(part) for part in rest.split(":")]
+        if len(parts) > 3 or (dash and not days.isdigit()):
+            raise ValueError(text)
+        seconds = sum(part * 60.0**power for power, part in enumerate(reversed(parts))) + int(days or 0) * 86400.0
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed are seconds, or [DAYS-][HOURS:]MINUTES:SECONDS")
+    return seconds
 
 
 def _at_least_one(text: str) -> int:
@@ -136,6 +184,8 @@ def _config(arguments: argparse.Namespace) -> InferenceConfig:
         server_ready_max_attempts=max(1, round(arguments.ready_timeout / delay)) if delay > 0 else 1,
         server_ready_delay_sec=delay,
         transport=arguments.transport,
+        max_restarts=arguments.max_restarts,
+        stall_timeout=arguments.stall_timeout or None,
         trust_remote_code=arguments.trust_remote_code,
         executable=arguments.executable,
         multi_node=None if arguments.tp * arguments.pp * arguments.dp > 1 else False,
@@ -177,7 +227,11 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 class _Job:
-    """One run: server, rows and signals together."""
+    """One run: server, rows and signals together.
+
+    Stopping comes in three steps: no more rows are begun; after --drain-timeout, what is still under way is dropped; at
+    a second signal, everything is.
+    """
 
     def __init__(
         self,
@@ -190,6 +244,7 @@ class _Job:
         self._arguments, self._config, self._params = arguments, config, params
         self._reader, self._writer = reader, writer
         self._signal: int | None = None
+        self._server: InferenceServer | None = None
 
     async def run(self) -> int:
         import trio
@@ -200,14 +255,17 @@ class _Job:
 
         summary = Summary(began=trio.current_time())
         failure: TrinferError | None = None
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        self._stopping = trio.Event()
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) as signals:
             async with trio.open_nursery() as nursery:
                 work = trio.CancelScope()
                 nursery.start_soon(self._hear, signals, work)
+                nursery.start_soon(self._watch_time, work)
                 with work:
                     try:
                         await self._generate(summary)
-                        await self._writer.finish()
+                        if summary.is_complete:
+                            await self._writer.finish()
                     except TrinferError as error:
                         failure = error
                 nursery.cancel_scope.cancel()
@@ -218,8 +276,8 @@ class _Job:
             print(f"the run is not complete; its rows so far are in {self._writer.unfinished}", file=sys.stderr)
         if failure is not None:
             raise failure
-        if self._signal is not None:
-            return 128 + self._signal
+        if not summary.is_complete:
+            return exit_codes.INTERRUPTED if self._signal == signal.SIGINT else exit_codes.REQUEUE
         return exit_codes.ROWS_FAILED if summary.failed else exit_codes.OK
 
     async def _generate(self, summary: Summary) -> None:
@@ -229,6 +287,7 @@ class _Job:
 
         wanted = not (self._arguments.no_progress or self._arguments.quiet)
         async with create_server(self._config) as server:
+            self._server = server
             with show_progress(self._reader.total_bytes, wanted=wanted) as progress:
                 await run_rows(
                     server,
@@ -238,6 +297,7 @@ class _Job:
                     params=self._params,
                     summary=summary,
                     progress=progress,
+                    stop=self._stopping,
                 )
 
     async def _hear(self, signals: Any, work: trio.CancelScope) -> None:  # noqa: ANN401  # trio's receiver type is private
@@ -248,5 +308,20 @@ class _Job:
 
                 os._exit(128 + number)
             self._signal = number
-            print(f"\n{signal.Signals(number).name}: stopping; once more stops at once", file=sys.stderr)
-            work.cancel()
+            self._stop(f"{signal.Signals(number).name}: stopping; once more stops at once", work)
+
+    async def _watch_time(self, work: trio.CancelScope) -> None:
+        import trio
+
+        if self._arguments.time_limit is not None:
+            await trio.sleep(self._arguments.time_limit)
+            self._stop("the time limit is reached: stopping", work)
+
+    def _stop(self, message: str, work: trio.CancelScope) -> None:
+        import trio
+
+        print(f"\n{message}", file=sys.stderr)
+        self._stopping.set()
+        # An engine that is still loading has answered nothing, and will not in time.
+        is_ready = self._server is not None and self._server.state.value in {"ready", "restarting"}
+        work.deadline = trio.current_time() + (self._arguments.drain_timeout if is_ready else 0.0)
