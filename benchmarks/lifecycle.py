@@ -5,12 +5,8 @@ python -m benchmarks.lifecycle [--json FILE] [--rounds N]
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +16,7 @@ from pathlib import Path
 
 import trio
 
+from benchmarks.figures import Figures, arguments_for
 from trinfer import CustomServer, InferenceConfig
 from trinfer.process.output import EngineLog
 from trinfer.process.spawn import marked_processes, run_guarded
@@ -63,33 +60,6 @@ async def main():
         print(flush=True)
 trio.run(main)
 """
-
-
-class Figures:
-    """Collects rows, prints them as a table."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, object]] = []
-
-    def add(self, name: str, values: list[float], unit: str, bound: str = "") -> None:
-        row = {
-            "figure": name,
-            "unit": unit,
-            "median": round(statistics.median(values), 3),
-            "min": round(min(values), 3),
-            "max": round(max(values), 3),
-            "n": len(values),
-            "bound": bound,
-        }
-        self.rows.append(row)
-        print("{figure:<58} {median:>9} {min:>9} {max:>9} {unit:<6} {n:>3}  {bound}".format(**row), flush=True)
-
-    def markdown(self, machine: str) -> str:
-        """The table as a page of the documentation."""
-        lines = ["# The life of an engine", "", "Printed by `python -m benchmarks.lifecycle`, on:", machine + ".", ""]
-        lines += ["| figure | median | min | max | unit | n | bound |", "|---|---|---|---|---|---|---|"]
-        lines += ["| {figure} | {median} | {min} | {max} | {unit} | {n} | {bound} |".format(**row) for row in self.rows]
-        return "\n".join(lines) + "\n"
 
 
 def fake(*options: str, port: int = 1) -> list[str]:
@@ -246,26 +216,17 @@ async def flood(figures: Figures) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lifecycle", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="FILE", help="write the figures here too")
-    parser.add_argument("--markdown", metavar="FILE", help="write a page of the documentation here")
-    parser.add_argument("--rounds", type=int, default=5, help="repetitions of each figure (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = arguments_for("benchmarks.lifecycle", __doc__.splitlines()[0], rounds=5)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     figures = Figures()
-    machine = f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, "
-    machine += f"trio {trio.__version__}"
-    print(f"{machine}\n{'figure':<58} {'median':>9} {'min':>9} {'max':>9}")
+    figures.head()
     trio.run(start_overhead, figures, arguments.rounds)
     trio.run(guard_memory, figures)
     trio.run(detection_lag, figures, arguments.rounds)
     trio.run(time_to_gone, figures, arguments.rounds)
     owner_killed(figures, arguments.rounds)
     trio.run(flood, figures)
-    if arguments.markdown:
-        Path(arguments.markdown).write_text(figures.markdown(machine))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"machine": machine, "figures": figures.rows}, indent=1) + "\n")
+    figures.save(arguments, "The life of an engine", "benchmarks.lifecycle")
 
 
 if __name__ == "__main__":
