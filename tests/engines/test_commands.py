@@ -14,9 +14,10 @@ from trinfer.engines.address import Address
 from trinfer.engines.custom import CustomServer, custom_command
 from trinfer.engines.llamacpp import LlamaCppServer, llamacpp_command, llamacpp_environment, llamacpp_program
 from trinfer.engines.sglang import sglang_command, sglang_environment
-from trinfer.engines.transformers import TransformersServer, hub_cache, transformers_command
+from trinfer.engines.transformers import TransformersServer, transformers_command
 from trinfer.engines.vllm import vllm_command, vllm_environment
 from trinfer.errors import ConfigError, ServerError
+from trinfer.server.hub import hub_cache
 from trinfer.server.node import Node
 
 KEY = "sk-secret-1234"

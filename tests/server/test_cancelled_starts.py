@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from tests.engine_configs import fake_config
 from trinfer import CustomServer, ServerState
+from trinfer.process.identity import RUN_VARIABLE, run_id
 from trinfer.process.spawn import marked_processes
-from trinfer.server.identity import RUN_VARIABLE, run_id
 
 
 @given(st.floats(0, 0.15), st.sampled_from(["never", "quick", "tree"]))

@@ -24,8 +24,8 @@ from trinfer import (
     ServerError,
     ServerState,
 )
+from trinfer.process.identity import RUN_VARIABLE, run_id
 from trinfer.process.spawn import marked_processes
-from trinfer.server.identity import RUN_VARIABLE, run_id
 
 TREE = ("--children", "1", "--own-session", "--daemon", "--deaf-grandchild", "--respawning", "--stopped")
 

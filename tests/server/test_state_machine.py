@@ -23,8 +23,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.engine_configs import fake_config, text_of
 from trinfer import CustomServer, InferenceError, ServerError, ServerState
 from trinfer.process.guard import descendants
+from trinfer.process.identity import RUN_VARIABLE, run_id
 from trinfer.process.spawn import marked_processes
-from trinfer.server.identity import RUN_VARIABLE, run_id
 from trinfer.server.lifecycle import ALLOWED, COMING, Transition
 
 HANG = 15.0  # seconds after which something is said to hang: grace is 0.3 s, and no answer takes longer than that

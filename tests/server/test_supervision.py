@@ -23,8 +23,8 @@ from trinfer import (
     ServerState,
     StreamInterrupted,
 )
+from trinfer.process.identity import RUN_VARIABLE, run_id
 from trinfer.process.spawn import marked_processes
-from trinfer.server.identity import RUN_VARIABLE, run_id
 
 if TYPE_CHECKING:
     from pathlib import Path

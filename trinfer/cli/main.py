@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from trinfer._version import __version__
-from trinfer.cli import exit_codes, run
+from trinfer.cli import doctor, exit_codes, gc, logs, ps, run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"trinfer {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    run.add_parser(commands)
+    for command in (run, ps, logs, gc, doctor):
+        command.add_parser(commands)
     return parser
 
 

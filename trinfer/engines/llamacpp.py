@@ -115,6 +115,10 @@ class LlamaCppServer(InferenceServer):
         refuse_parallel_sizes(config, "llama.cpp spreads a model over the GPUs in `gpus` by itself")
         super().__init__(config, rank)
 
+    @property
+    def program(self) -> str | None:
+        return llamacpp_program(self.config)[0]
+
     async def start_server(self) -> trio.Process | None:
         command = llamacpp_command(
             self.config,

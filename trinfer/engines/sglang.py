@@ -105,6 +105,10 @@ class SGLangServer(InferenceServer):
 
     engine_name: ClassVar[str] = "sglang"
 
+    @property
+    def program(self) -> str | None:
+        return self.config.executable or sys.executable
+
     async def start_server(self) -> trio.Process | None:
         lease: PortLease | None = None
         if self.node.count == 1:

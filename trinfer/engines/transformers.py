@@ -16,10 +16,9 @@ from trinfer.engines.arguments import chosen_names, options
 from trinfer.engines.limits import refuse_parallel_sizes
 from trinfer.errors import ConfigError, ServerError
 from trinfer.server.base import InferenceServer
+from trinfer.server.hub import hub_cache
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import trio
 
     from trinfer.config import InferenceConfig
@@ -34,6 +33,8 @@ RESERVED = {
     "trust-remote-code": "trust_remote_code",
 }
 
+PROGRAM = "transformers"
+
 
 def transformers_command(config: InferenceConfig, address: Address, model: str) -> list[str]:
     """The command line.
@@ -44,22 +45,13 @@ def transformers_command(config: InferenceConfig, address: Address, model: str) 
     Raises:
         ConfigError: ``model_kwargs`` has what trinfer sets itself.
     """
-    command = [config.executable or "transformers", "serve", model]
+    command = [config.executable or PROGRAM, "serve", model]
     command += ["--host", address.host, "--port", str(address.port)]
     if config.trust_remote_code:
         command.append("--trust-remote-code")
     if "log-level" not in chosen_names(config.model_kwargs):
         command += ["--log-level", "warning"]
     return [*command, *options(config.model_kwargs, reserved=RESERVED)]
-
-
-def hub_cache(environ: Mapping[str, str]) -> Path:
-    """Where the hub's cache is, by the variables of huggingface_hub."""
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if environ.get(name):
-            return Path(environ[name]).expanduser()
-    caches = Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return Path(environ.get("HF_HOME") or caches / "huggingface").expanduser() / "hub"
 
 
 class TransformersServer(InferenceServer):
@@ -76,6 +68,10 @@ class TransformersServer(InferenceServer):
                 "'transformers' is None, since it knows its model by model_name_or_path only"
             )
         super().__init__(config, rank)
+
+    @property
+    def program(self) -> str | None:
+        return self.config.executable or PROGRAM
 
     async def start_server(self) -> trio.Process | None:
         try:

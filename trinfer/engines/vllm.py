@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VLLMServer", "vllm_command", "vllm_environment"]
 
+PROGRAM = "vllm"
 KEY_VARIABLE = "VLLM_API_KEY"
 ADDRESS_VARIABLE = "VLLM_HOST_IP"
 # Part of the grace period that is left to vLLM's own shutdown after it has let requests finish.
@@ -63,7 +64,7 @@ def vllm_command(config: InferenceConfig, address: Address, node: Node = SINGLE)
     Raises:
         ConfigError: ``model_kwargs`` has what trinfer sets itself, or the nodes cannot share the engine.
     """
-    command = [config.executable or "vllm", "serve", config.model_name_or_path]
+    command = [config.executable or PROGRAM, "serve", config.model_name_or_path]
     if not node.is_worker:
         if address.uds is not None:
             command += ["--uds", address.uds]
@@ -136,6 +137,10 @@ class VLLMServer(InferenceServer):
 
     engine_name: ClassVar[str] = "vllm"
     supports_uds: ClassVar[bool] = True
+
+    @property
+    def program(self) -> str | None:
+        return self.config.executable or PROGRAM
 
     async def start_server(self) -> trio.Process | None:
         command = vllm_command(self.config, Address(self.host, self.port, self.uds), self.node)

@@ -51,6 +51,7 @@ class Attempt:
         self._verdict: ServerError | None = None
         self._decided = trio.Event()
         self.began = trio.current_time()
+        self.known_pids: set[int] = set()
         self.processes: list[GuardedProcess] = []
         self.port: int | None = None
         self.uds: str | None = None
@@ -205,6 +206,11 @@ class Attempt:
         with trio.move_on_after(seconds):
             for guarded in self.processes:
                 await guarded.wait()
+
+    def remember_processes(self) -> None:
+        """Note the pids of now, for a look at what they hold when they are gone."""
+        for guarded in self.processes:
+            self.known_pids.update(guarded.tree())
 
     def stop_now(self) -> None:
         """No more grace: SIGKILL for all that is left."""

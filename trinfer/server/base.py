@@ -26,6 +26,7 @@ from trinfer.server.in_flight import InFlight
 from trinfer.server.lifecycle import COMING, Lifecycle, ServerState, Transition
 from trinfer.server.link import Link, local_origin
 from trinfer.server.node import SINGLE, Node, find_node
+from trinfer.server.registration import Registration
 from trinfer.server.requests import RequestSurface
 from trinfer.server.supervisor import Supervisor
 
@@ -93,6 +94,9 @@ class InferenceServer(RequestSurface, abc.ABC):
         self.log = EngineLog(None, max_bytes=config.server_log_max_bytes)
         self._lifecycle = Lifecycle(self.name)
         self._lifecycle.observers.append(self._on_transition)
+        self._registration = Registration(self)
+        if self.is_local:  # an endpoint is somebody else's
+            self._lifecycle.observers.append(self._registration.hear)
         self._in_flight = InFlight(self._lifecycle, config, is_local=self.is_local)
         self._supervisor = Supervisor(self, self._lifecycle)
         self._has_own_requests = type(self)._make_request is not RequestSurface._make_request
@@ -163,6 +167,15 @@ class InferenceServer(RequestSurface, abc.ABC):
     def release_with_attempt(self, release: Callable[[], None]) -> None:
         """Have ``release`` called when the current start attempt has ended, for leases and files of its own."""
         self._current().on_end(release)
+
+    @property
+    def program(self) -> str | None:
+        """The engine's program, for checks before a start; None where there is none, or it is not known.
+
+        Raises:
+            ServerError: it is not installed.
+        """
+        return self.config.executable
 
     @property
     def can_serve_uds(self) -> bool:
@@ -247,6 +260,21 @@ class InferenceServer(RequestSurface, abc.ABC):
             if self._lifecycle.is_down or trio.current_time() >= give_up:
                 return False
             await trio.sleep(DRAIN_LOOKS)
+
+    @property
+    def requests_accepted(self) -> int:
+        """Requests so far, those that wait or failed included."""
+        return self._in_flight.total
+
+    @property
+    def marker(self) -> Mapping[str, str]:
+        """Environment variables by which the processes of this server can be recognised."""
+        return self._supervisor.marker
+
+    @property
+    def current_attempt(self) -> Attempt | None:
+        """The start attempt that runs now. Not for users: what it holds ends with it."""
+        return self._supervisor.attempt
 
     @property
     def requests_in_flight(self) -> int:
@@ -354,6 +382,8 @@ class InferenceServer(RequestSurface, abc.ABC):
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.log.run)
+                if self.is_local:
+                    nursery.start_soon(self._registration.run)
                 with self._run_scope:
                     await self._supervisor.run()
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + LOG_FLUSH):

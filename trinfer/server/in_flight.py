@@ -34,6 +34,7 @@ class InFlight:
 
     Attributes:
         count: requests that have been accepted and not answered yet, those that wait for readiness included.
+        total: requests that were accepted so far.
         answered: requests that a subclass has answered in its own way.
     """
 
@@ -44,6 +45,7 @@ class InFlight:
         self._patience = BREAK_BEFORE_VERDICT if is_local else 0.0
         self._scopes: set[trio.CancelScope] = set()
         self.count = 0
+        self.total = 0
         self.answered = 0
 
     @property

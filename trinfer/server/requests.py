@@ -89,6 +89,7 @@ class RequestSurface:
         """
         in_flight = self._in_flight
         in_flight.count += 1
+        in_flight.total += 1
         try:
             if self._lifecycle.state is not ServerState.READY:
                 await self.wait_ready()
@@ -119,6 +120,7 @@ class RequestSurface:
         Raises, and when cancelled: as `make_request`.
         """
         self._in_flight.count += 1
+        self._in_flight.total += 1
         try:
             await self._until_ready()
             complete = {"model": self.model, **payload} if self.model else dict(payload)
@@ -196,6 +198,7 @@ class RequestSurface:
             await self.wait_ready()
 
     async def _open_stream(self, payload: Mapping[str, Any], timeout: float) -> JsonStream:
+        self._in_flight.total += 1
         await self._until_ready()
         return self._link().api.stream_json(self.route, self._complete(payload), timeout=timeout)
 

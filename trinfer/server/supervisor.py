@@ -17,15 +17,20 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from trinfer.errors import ServerError, TrinferError
+from trinfer.process.identity import new_marker
 from trinfer.server.attempt import Attempt, FinalFailure, PortTaken
 from trinfer.server.diagnosis import diagnose, is_port_in_use
-from trinfer.server.identity import new_marker
+from trinfer.server.gpu_release import RELEASE_WAIT, describe_holders, until_released
 from trinfer.server.lifecycle import SERVING, ServerState
+from trinfer.server.preflight import preflight
 from trinfer.server.reports import CrashReport, report
 from trinfer.server.restarts import RestartBudget
 from trinfer.server.starting import Starter, StartWatch
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from trinfer.process.gpus import GpuUser
     from trinfer.server.health import HealthWatch
     from trinfer.server.lifecycle import Lifecycle
     from trinfer.server.link import Link
@@ -67,6 +72,7 @@ class Supervisor:
         start: how its start goes.
         found_model: the first model that it offers, where the config names none.
         reports: of the attempts that have failed, oldest first.
+        marker: environment variables of all its processes.
         restarts: how often the engine was started again after it had been ready.
     """
 
@@ -77,6 +83,8 @@ class Supervisor:
         self._start_failures = 0
         self._was_ready = False
         self._ports: set[int] = set()
+        # The same for all attempts: before one begins, nothing is left of the one before.
+        self.marker = new_marker()
         self.attempt: Attempt | None = None
         self.link: Link | None = None
         self.start: StartWatch | None = None
@@ -106,7 +114,7 @@ class Supervisor:
         env = {**os.environ, **server.config.env}
         if server.config.gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, server.config.gpus))
-        attempt = Attempt(log=server.log, env=env, marker=new_marker(), grace=server.config.shutdown_grace_sec)
+        attempt = Attempt(log=server.log, env=env, marker=self.marker, grace=server.config.shutdown_grace_sec)
         pause: float | None = None
 
         async def body() -> None:
@@ -124,7 +132,23 @@ class Supervisor:
             link, self.link = self.link, None
             if link is not None:
                 await link.aclose()
+        if pause is None:
+            return None
+        holders = await until_released(attempt.known_pids)
+        if holders:
+            self._lifecycle.fail(self._still_held(holders))
+            return None
         return pause
+
+    def _still_held(self, holders: Collection[GpuUser]) -> ServerError:
+        return ServerError(
+            f"{self._server.name}: not started again: the engine has ended, but GPU memory is still held after "
+            f"{RELEASE_WAIT:.0f} s: {describe_holders(holders)}",
+            cause="a process that cannot be ended (state D) waits for the driver",
+            advice="look at `nvidia-smi` and `dmesg`; the GPU may need a reset, or the machine a restart",
+            server=self._server.name,
+            history=[past.message for past in self.reports],
+        )
 
     # -- after a failure ------------------------------------------------------------------------------------------
 
@@ -201,6 +225,8 @@ class Supervisor:
         serves = not server.node.is_worker
         start = self.start = StartWatch(server, attempt)
         try:
+            if server.is_local:
+                await self._check_first()
             if server.is_local and serves:
                 attempt.lease_address(
                     host=server.config.host, rank=server.rank, uds=self._wants_uds(), avoid=self._ports
@@ -231,6 +257,19 @@ class Supervisor:
         finally:
             start.close()
         return None if server.node.is_worker and failure.returncode == 0 else failure
+
+    async def _check_first(self) -> None:
+        """What is certain to fail is not tried.
+
+        Raises:
+            FinalFailure: it is.
+        """
+        check = partial(preflight, self._server.config, nodes=self._server.node.count)
+        # In a thread: a file system may hang. The limit is that of the spawn, which comes next.
+        with trio.move_on_after(self._server.config.server_start_timeout_sec):
+            for finding in await trio.to_thread.run_sync(check, abandon_on_cancel=True):
+                if finding.level == "error":
+                    raise FinalFailure(f"{self._server.name}: {finding.what}", advice=finding.advice)
 
     def _wants_uds(self) -> bool:
         wanted, able = self._server.config.transport, self._server.can_serve_uds
@@ -283,6 +322,7 @@ class Supervisor:
             attempt.fail(error)
             return
         self.found_model = start.found_model
+        attempt.remember_processes()
         self._was_ready = True
         self._lifecycle.ready()
         watch = self._server.health_watch(attempt, link)

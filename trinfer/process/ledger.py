@@ -1,0 +1,108 @@
+"""The ledger: one small file for each server that runs on this host, so that others can see it.
+
+Rules: it is a help, never a need. No server fails because its entry cannot be written, and no process is ended because
+of what an entry says: who owns what is looked up in /proc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from trinfer.errors import ConfigError
+from trinfer.process.addresses import runtime_dir
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Entry", "Ledger", "entries"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Entry:
+    """One server.
+
+    Attributes:
+        server: its id, which its processes carry in their environment.
+        run: id of its owner, ``PID-STARTTIME``.
+        engine, rank, model, state: as in `trinfer.InferenceServer`.
+        address: URL or socket path; empty while there is none.
+        log: file with the engine's output; empty without one.
+        started_at: when the server was entered, in seconds since the epoch.
+        restarts, requests: so far; requests are written down every few seconds.
+    """
+
+    server: str
+    run: str
+    engine: str
+    rank: int
+    model: str
+    state: str
+    address: str
+    log: str
+    started_at: float
+    restarts: int = 0
+    requests: int = 0
+
+
+def _folder() -> Path:
+    folder = runtime_dir() / "ledger"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+class Ledger:
+    """The entry of one server; trouble with the disk is logged once."""
+
+    def __init__(self) -> None:
+        self._troubled = False
+        self._written: Path | None = None
+
+    def write(self, entry: Entry) -> None:
+        """Make or replace the entry."""
+        try:
+            path = _folder() / f"{entry.server}.json"
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                os.write(fd, json.dumps(asdict(entry)).encode())
+            finally:
+                os.close(fd)
+            unfinished.replace(path)
+            self._written = path
+        except (OSError, ConfigError) as error:
+            if not self._troubled:
+                self._troubled = True
+                logger.warning("`trinfer ps` will not show this server: %s", error)
+            with contextlib.suppress(OSError, NameError):
+                unfinished.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Idempotent."""
+        path, self._written = self._written, None
+        if path is not None:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def entries() -> list[tuple[Path, Entry]]:
+    """All entries with their files; damaged files are left out.
+
+    Raises:
+        ConfigError: the runtime folder is not private.
+    """
+    found: list[tuple[Path, Entry]] = []
+    names = {field.name for field in fields(Entry)}
+    for path in sorted(_folder().glob("*.json")):
+        try:
+            data: Any = json.loads(path.read_bytes())
+            found.append((path, Entry(**{key: value for key, value in data.items() if key in names})))
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue
+    return found

@@ -1,0 +1,91 @@
+"""Keeps a server's entry in the ledger true, from its start to its end."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from trinfer.process.identity import SERVER_VARIABLE, run_id
+from trinfer.process.ledger import Entry, Ledger
+from trinfer.server.lifecycle import ServerState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trinfer.config import InferenceConfig
+    from trinfer.process.output import EngineLog
+    from trinfer.server.attempt import Attempt
+    from trinfer.server.lifecycle import Transition
+
+__all__ = ["Registered", "Registration"]
+
+EVERY = 5.0  # seconds between two looks at the number of requests
+
+
+class Registered(Protocol):
+    """What the ledger says about a server."""
+
+    config: InferenceConfig
+    rank: int
+    log: EngineLog
+
+    @property
+    def engine_name(self) -> str: ...
+    @property
+    def state(self) -> ServerState: ...
+    @property
+    def restarts(self) -> int: ...
+    @property
+    def requests_accepted(self) -> int: ...
+    @property
+    def marker(self) -> Mapping[str, str]: ...
+    @property
+    def current_attempt(self) -> Attempt | None: ...
+
+
+class Registration:
+    """Observes the lifecycle of one server."""
+
+    def __init__(self, server: Registered) -> None:
+        self._server = server
+        self._ledger = Ledger()
+        self._started_at = 0.0
+        self._last: Entry | None = None
+
+    def hear(self, transition: Transition) -> None:
+        if transition.before is ServerState.STOPPED:
+            self._started_at = time.time()
+        if transition.after is ServerState.STOPPED:
+            self._last = None
+            self._ledger.remove()
+        else:
+            self._write()
+
+    async def run(self) -> None:
+        """Write down now and then how many requests there were, until cancelled."""
+        while True:
+            await trio.sleep(EVERY)
+            self._write()
+
+    def _write(self) -> None:
+        server = self._server
+        attempt = server.current_attempt
+        address = "" if attempt is None else attempt.uds or (f"port {attempt.port}" if attempt.port else "")
+        entry = Entry(
+            server=server.marker[SERVER_VARIABLE],
+            run=run_id(),
+            engine=server.engine_name,
+            rank=server.rank,
+            model=server.config.model,
+            state=server.state.value,
+            address=address,
+            log=str(server.log.path.absolute()) if server.log.path else "",
+            started_at=self._started_at,
+            restarts=server.restarts,
+            requests=server.requests_accepted,
+        )
+        if entry != self._last:
+            self._last = entry
+            self._ledger.write(entry)
