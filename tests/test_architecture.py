@@ -23,7 +23,7 @@ LAYERS = [
     {"trinfer.engines"},
     {"trinfer.batch"},
     {"trinfer.observe"},
-    {"trinfer.cli"},
+    {"trinfer.cli", "trinfer.pytest_plugin"},
     {"trinfer", "trinfer.__main__"},
 ]
 LONGEST = 500
