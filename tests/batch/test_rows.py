@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,3 +49,24 @@ def test_prompts_become_messages_and_keep_their_own_system_message():
         "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "x"}]
     }
     assert parse_row(b'{"text": "x"}', "f", PromptOptions(use_chat=False)).payload == {"prompt": "x"}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        "a text",
+        [],
+        {},
+        5,
+        [{"role": 5}],
+        [{"role": ["user"]}],
+        [{"content": "no role"}],
+        ["user"],
+        [{"role": "user"}, 1],
+    ],
+)
+def test_messages_that_are_none(messages):
+    for options in (PromptOptions(), PromptOptions(system_prompt="be brief")):
+        row = parse_row(json.dumps({"messages": messages}).encode(), "f:1", options)
+        assert row.error is not None
+        assert "'messages' is no list of messages with roles" in row.error.message

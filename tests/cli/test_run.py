@@ -124,6 +124,44 @@ def test_prompt_options(tmp_path: Path):
     assert next(row for row in rows(out) if "generation" in row)["generation"]["usage"]["prompt_tokens"] == 2
 
 
+@pytest.mark.parametrize(
+    ("redirections", "code", "words"),
+    [
+        ("IN -o OUT 2>&-", 0, ""),
+        ("IN -o OUT <&- >&-", 0, "20 ok"),
+        ("IN -o - >&-", 4, "writing the output failed: Bad file descriptor"),
+        ("- -o OUT <&-", 4, "Bad file descriptor"),
+    ],
+)
+def test_standard_files_that_are_closed(tmp_path: Path, redirections, code, words):
+    source = write(tmp_path / "in", *({"prompt": f"p{i}"} for i in range(20)))
+    text = redirections.replace("IN", str(source)).replace("OUT", str(tmp_path / "out"))
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m trinfer run {text}"],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    if code == 0:
+        assert len(rows(tmp_path / "out")) == 20
+
+
+def test_an_output_that_is_a_folder_or_the_input(tmp_path: Path):
+    source = write(tmp_path / "in", {"prompt": "a"})
+    (tmp_path / "link").symlink_to(source)
+    for output in (".", "/", tmp_path, source, tmp_path / "link"):
+        code, _, stderr = trinfer("run", source, "-o", output, "--overwrite")
+        assert code == 4, stderr
+        assert "unexpected" not in stderr
+    assert rows(source) == [{"prompt": "a"}]
+
+
 def test_an_empty_input_is_no_error(tmp_path: Path):
     code, _, stderr = trinfer("run", write(tmp_path / "in"), "-o", tmp_path / "out")
     assert code == 0

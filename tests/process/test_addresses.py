@@ -194,3 +194,10 @@ def test_who_listens(family):
         other.stdin.close()
         other.stdout.close()
         other.wait()
+
+
+@pytest.mark.parametrize("folder", ["/proc/nothing/here", "/dev/null/x"])
+def test_a_runtime_folder_that_cannot_be_made_is_an_error_of_the_config(monkeypatch, folder):
+    monkeypatch.setenv("TRINFER_RUNTIME_DIR", folder)
+    with pytest.raises(ConfigError, match="cannot be made"):
+        runtime_dir()

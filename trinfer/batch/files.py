@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -108,19 +107,25 @@ class JsonlWriter:
 
     Args:
         path: the file; it must not exist unless ``overwrite``.
+        source: the input, which is never overwritten.
 
     Raises:
         FileError: it exists, or cannot be written.
     """
 
-    def __init__(self, path: str, *, overwrite: bool = False) -> None:
+    def __init__(self, path: str, *, overwrite: bool = False, source: str | None = None) -> None:
         self._path: Path | None = None
+        self._fd = -1
         self.unfinished: Path | None = None
         try:
             if path == "-":
-                self._fd = os.dup(sys.stdout.fileno())
+                self._fd = os.dup(1)
                 return
             target = Path(path)
+            if not target.name:
+                raise FileError(f"the output {path!r} is a folder", advice="give the name of a file")
+            if source not in {None, "-"} and target.exists() and target.samefile(str(source)):
+                raise FileError(f"the output {path} is the input", advice="give another name")
             if target.exists() and not target.is_file() and not target.is_dir():
                 self._fd = os.open(target, os.O_WRONLY | os.O_CLOEXEC)  # a pipe or device has no partial form
                 return

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["InvalidRow", "PromptOptions", "Row", "encode", "failed", "finished", "parse_row"]
 
-PROMPT_FIELDS = ("messages", "prompt", "text")
+MESSAGES = "messages"
+PROMPT_FIELDS = (MESSAGES, "prompt", "text")
 
 
 class InvalidRow(TrinferError):
@@ -95,15 +96,16 @@ def _payload(fields: Mapping[str, Any], place: str, options: PromptOptions) -> d
     if isinstance(prompt, list):
         if not options.use_chat:
             raise InvalidRow(f"{place}: the field {name!r} holds messages, which need the chat route")
-        if not prompt or not all(isinstance(message, dict) and "role" in message for message in prompt):
+        if not prompt or not all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in prompt):
             raise InvalidRow(f"{place}: the field {name!r} is no list of messages with roles")
         messages = prompt
-    elif isinstance(prompt, str):
+    elif isinstance(prompt, str) and name != MESSAGES:
         if not options.use_chat:
             return {"prompt": prompt}
         messages = [{"role": "user", "content": prompt}]
     else:
-        raise InvalidRow(f"{place}: the field {name!r} is neither a text nor a list of messages")
+        kinds = "no list of messages with roles" if name == MESSAGES else "neither a text nor a list of messages"
+        raise InvalidRow(f"{place}: the field {name!r} is {kinds}")
     if options.system_prompt is not None and messages[0]["role"] not in {"system", "developer"}:
         messages = [{"role": "system", "content": options.system_prompt}, *messages]
     return {"messages": messages}

@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Raises SystemExit(2) for wrong options, as argparse does."""
+    _open_standard_files()
     arguments = build_parser().parse_args(argv)
     try:
         code: int = arguments.execute(arguments)
@@ -43,6 +44,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _report(error)
     return code
+
+
+def _open_standard_files() -> None:
+    """Fill the places of standard files that the caller has closed, before other files get their numbers.
+
+    Each is opened the wrong way round, so that whoever really needs it gets an error.
+    """
+    for number, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, mode)  # gets the lowest free number, which is this one
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  # as long-lived as the program
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # likewise
 
 
 def _report(error: Exception) -> int:

@@ -215,7 +215,7 @@ def execute(arguments: argparse.Namespace) -> int:
         arguments.input, PromptOptions(arguments.chat, arguments.prompt_field, arguments.system_prompt)
     )
     try:
-        writer = JsonlWriter(arguments.output, overwrite=arguments.overwrite)
+        writer = JsonlWriter(arguments.output, overwrite=arguments.overwrite, source=arguments.input)
         try:
             return trio.run(
                 _Job(arguments, config, params, reader, writer).run, restrict_keyboard_interrupt_to_checkpoints=True
@@ -269,7 +269,7 @@ class _Job:
                     except TrinferError as error:
                         failure = error
                 nursery.cancel_scope.cancel()
-        if not self._arguments.quiet:
+        if not self._arguments.quiet and (failure is None or summary.done):
             print(describe(summary, trio.current_time() - summary.began), file=sys.stderr)
         self._writer.close()
         if self._writer.unfinished is not None:

@@ -47,12 +47,17 @@ def runtime_dir() -> Path:
     """The user's private folder for locks and sockets: ``/tmp/trinfer-UID``, or ``TRINFER_RUNTIME_DIR``.
 
     Raises:
-        ConfigError: it belongs to somebody else, or others have access to it.
+        ConfigError: it cannot be made, belongs to somebody else, or others have access to it.
     """
     path = Path(os.environ.get(RUNTIME_VARIABLE) or f"/tmp/trinfer-{os.getuid()}")  # checked below
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700, parents=True)
-    found = path.lstat()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise ConfigError(
+            f"the runtime folder {path} cannot be made: {error.strerror}",
+            advice=f"name another one in the environment variable {RUNTIME_VARIABLE}",
+        ) from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigError(
             f"the folder {path} is not private: it must be a folder of this user with mode 0700",
