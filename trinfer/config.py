@@ -30,6 +30,7 @@ TRANSPORTS: tuple[str, ...] = get_args(Transport)
 NEEDS_MODEL = frozenset({"vllm", "sglang", "llamacpp", "transformers"})
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_KEY = re.compile(r"[!-~]+")  # what can stand in a header
 _OPTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 
 
@@ -203,6 +204,8 @@ class InferenceConfig:
                 self._text(name)
                 if not getattr(self, name):
                     self._refuse(name, "a non-empty text, or None")
+        if self.api_key is not None and not _KEY.fullmatch(self.api_key):
+            self._refuse("api_key", "a text of printable ASCII characters without spaces, or None")
         if not self.host:
             self._refuse("host", "a host name or an address, for instance 127.0.0.1")
         if self.server_log_folder is not None and not isinstance(self.server_log_folder, str | Path):

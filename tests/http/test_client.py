@@ -568,3 +568,44 @@ def test_urls_are_read_and_written(url, expected, authority):
 def test_what_is_no_url_is_refused(url):
     with pytest.raises(ValueError, match=r"no http|names no"):
         Origin.from_url(url)
+
+
+async def test_a_server_that_answers_and_hangs_up_before_it_has_read_a_large_request():
+    connections = 0
+
+    async def refuse(stream: trio.SocketStream) -> None:
+        nonlocal connections
+        connections += 1
+        await stream.receive_some(1000)
+        body = b'{"error": {"message": "too big"}}'
+        await stream.send_all(b"HTTP/1.1 413 Too Large\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        await stream.aclose()  # with bytes that nobody has read: the kernel resets the connection
+
+    async with serving(refuse) as origin:
+        client = ApiClient(origin)
+        with pytest.raises(BadRequestError, match="too big") as caught:
+            await client.post_json("/x", {"prompt": "x" * 20_000_000}, timeout=30)
+        assert caught.value.status == 413
+        assert connections == 1
+        assert client.pool.idle == 0
+        client.close()
+
+
+@pytest.mark.parametrize("path", ["/x\r\nEvil: 1", "/x y", "x", "", "http://elsewhere/", "/\u00e4", "/x\n", "/\x00"])
+async def test_a_path_cannot_begin_a_request_of_its_own(path):
+    server = Scripted()
+    async with serving(server) as origin:
+        client = ApiClient(origin)
+        with pytest.raises(BadRequestError, match="cannot be asked for"):
+            await client.post_json(path, {}, timeout=5)
+        with pytest.raises(BadRequestError, match="cannot be asked for"):
+            await client.stream_json(path, {}, timeout=5).__anext__()
+        assert server.connections == 0
+        client.close()
+
+
+@pytest.mark.parametrize("key", ["a\nb", "a b", "k\u00e9y", "a\r\nEvil: 1"])
+def test_a_key_that_cannot_stand_in_a_header(key):
+    with pytest.raises(ValueError, match="the API key has") as caught:
+        ApiClient(Origin.from_url("http://127.0.0.1:1"), api_key=key)
+    assert key not in str(caught.value)

@@ -174,7 +174,7 @@ def _config(arguments: argparse.Namespace) -> InferenceConfig:
         use_chat=arguments.chat,
         endpoint_url=arguments.endpoint_url,
         # An engine of our own is reached by nobody else, and gets a key only where the user has one for it.
-        api_key=os.environ.get("TRINFER_API_KEY") or None,
+        api_key=os.environ.get("TRINFER_API_KEY", "").strip() or None,
         tp=arguments.tp,
         pp=arguments.pp,
         dp=arguments.dp,

@@ -47,4 +47,5 @@ class EndpointServer(InferenceServer):
     def _api_key(self) -> str | None:
         if self.config.api_key is not None:
             return self.config.api_key
-        return next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
+        # From a file, keys come with a newline.
+        return next((key for name in KEY_VARIABLES if (key := os.environ.get(name, "").strip())), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -41,6 +42,10 @@ _decode = json.JSONDecoder().decode
 _decode_start = json.JSONDecoder().raw_decode
 
 
+# Whatever else would end the line of the request, and begin something of its own.
+_PATH = re.compile(r"/[!-~]*")
+
+
 @dataclass(frozen=True)
 class Timeouts:
     """Time-outs beside the total, which each request brings along; None waits as long as that allows.
@@ -68,7 +73,8 @@ class ApiClient:
         tls: for https origins.
 
     Raises:
-        OSError: a file named in ``tls`` cannot be used. ValueError: the environment names an unusable proxy.
+        OSError: a file named in ``tls`` cannot be used. ValueError: the environment names an unusable proxy, or the key
+            cannot stand in a header.
     """
 
     def __init__(
@@ -101,6 +107,8 @@ class ApiClient:
             "Content-Type: application/json",
         ]
         if api_key:
+            if not re.fullmatch("[!-~]+", api_key):
+                raise ValueError("the API key has spaces, control characters or letters beyond ASCII")
             lines.append(f"Authorization: Bearer {api_key}")
         if proxy is not None and proxy.authorization and not origin.is_tls:
             lines.append(f"Proxy-Authorization: {proxy.authorization}")
@@ -201,6 +209,13 @@ class ApiClient:
     def _request(self, path: str, payload: Mapping[str, Any]) -> bytes:
         head = self._heads.get(path)
         if head is None:
+            if not _PATH.fullmatch(path):
+                raise BadRequestError(
+                    f"the path {path[:200]!r} cannot be asked for",
+                    advice="it begins with a slash, and has no spaces, control characters or letters beyond ASCII",
+                    payload=payload,
+                    attempts=0,
+                )
             head = self._heads[path] = f"POST {self._prefix}{path}{self._headers}".encode("latin-1")
         try:
             body = _encode(payload).encode()

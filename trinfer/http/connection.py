@@ -226,12 +226,13 @@ class Connection:
     the connection is closed.
     """
 
-    __slots__ = ("_reader", "_state", "_transport", "deadline", "expired", "idle_since")
+    __slots__ = ("_is_refused", "_reader", "_state", "_transport", "deadline", "expired", "idle_since")
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._state = _State.IDLE
         self._reader = _Reader()
+        self._is_refused = False  # before it was sent in full
         self.idle_since = 0.0
         self.deadline = math.inf  # in trio's time; enforced by `Pool.sweep`
         self.expired = False
@@ -274,7 +275,7 @@ class Connection:
         reader = self._start()
         try:
             if not self._transport.send_now(request):
-                await self._transport.send_rest(request)
+                await self._send_rest(request)
             await self._transport.fill(reader.feed_whole)
             self._finish(reader)
             return HttpAnswer(reader.status, reader.headers, reader.take_body())
@@ -289,7 +290,7 @@ class Connection:
         reader = self._start()
         try:
             if not self._transport.send_now(request):
-                await self._transport.send_rest(request)
+                await self._send_rest(request)
             await self._transport.fill(reader.feed_head)
         except OSError as error:
             self.close()
@@ -318,6 +319,16 @@ class Connection:
                 self.close()
         return piece
 
+    async def _send_rest(self, request: bytes) -> None:
+        """A server that refuses a large request may answer and hang up before it has read it: its answer counts.
+
+        Then this returns, and the answer is there to be read; if there is none, reading it says so.
+        """
+        try:
+            await self._transport.send_rest(request)
+        except (BrokenPipeError, ConnectionResetError):
+            self._is_refused = True
+
     def _start(self) -> _Reader:
         assert self._state is _State.IDLE, self._state
         self._state = _State.BUSY
@@ -325,7 +336,7 @@ class Connection:
         return reader
 
     def _finish(self, reader: _Reader) -> None:
-        if reader.keep_alive and self._state is _State.BUSY:
+        if reader.keep_alive and self._state is _State.BUSY and not self._is_refused:
             self._state = _State.IDLE
             self.idle_since = time.monotonic()
 
