@@ -28,6 +28,7 @@ def test_the_tree():
         "RateLimitError": "RequestError",
         "RequestTimeout": "RequestError",
         "ConnectionLost": "RequestError",
+        "StreamInterrupted": "ConnectionLost",
         "ProtocolError": "RequestError",
     }
 
@@ -41,7 +42,7 @@ def test_the_text_says_what_why_what_to_do_and_the_last_words():
         "  the engine's last 2 lines of output:",
         "    | a",
         "    | b",
-        "  start attempts:",
+        "  what happened, in order:",
         "    1. x",
         "    2. y",
     ]

@@ -29,6 +29,7 @@ NAMES = {
     "SGLangServer",
     "ServerError",
     "ServerState",
+    "StreamInterrupted",
     "StructuredOutputError",
     "TransformersServer",
     "TrinferError",

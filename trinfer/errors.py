@@ -142,7 +142,7 @@ class ServerError(TrinferError):
     def __str__(self) -> str:
         text = super().__str__()
         if len(self.history) > 1:
-            text += "\n  what happened before, and last:" + "".join(
+            text += "\n  what happened, in order:" + "".join(
                 f"\n    {n}. {line}" for n, line in enumerate(self.history, 1)
             )
         return text

@@ -101,14 +101,27 @@ async def test_leaving_while_it_loads_leaves_nothing(config):
     assert not any(os.path.exists(f"/proc/{pid}") for pid in tree)
 
 
-async def test_the_death_of_its_engine_core_is_noticed(config):
-    async with VLLMServer(InferenceConfig("vllm", **config)) as server:
+async def test_the_death_of_its_engine_core_is_noticed_and_mended_as_often_as_allowed(config):
+    async with VLLMServer(InferenceConfig("vllm", **config, max_restarts=1)) as server:
         await server.wait_ready()
-        (core,) = [pid for pid in tree_of(server) if "EngineCore" in title_of(pid)]
-        os.kill(core, signal.SIGKILL)
+        kill_core(server)
+        with trio.fail_after(120):
+            while server.state is ServerState.READY:
+                await trio.sleep(0.05)
+            assert server.state is ServerState.RESTARTING
+            # Asked while the engine is down: a slow request, and no failure.
+            answer = await server.make_request({"messages": [{"role": "user", "content": "Hello?"}]})
+        assert InferenceResult.from_response(answer).completion_tokens >= 1
+        assert server.restarts == 1
+        kill_core(server)
         with pytest.raises(ServerError, match="the engine ended while serving"):
             await ask_for_ever(server)
     assert server.state is ServerState.STOPPED
+
+
+def kill_core(server):
+    (core,) = [pid for pid in tree_of(server) if "EngineCore" in title_of(pid)]
+    os.kill(core, signal.SIGKILL)
 
 
 async def test_two_nodes_are_one_engine(config, monkeypatch):
