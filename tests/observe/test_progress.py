@@ -14,7 +14,7 @@ from trinfer.observe.progress import LineProgress, SilentProgress, describe, sho
 
 
 def summary(ok: int = 0, failed: int = 0) -> Summary:
-    made = Summary()
+    made = Summary(engine="ready")
     for number in range(ok):
         made.add_result(
             Row(f"f:{number}", 10), InferenceResult("x", "stop", {"prompt_tokens": 2, "completion_tokens": 5})
@@ -82,3 +82,12 @@ def test_a_bar_shows_counts_and_is_gone_afterwards(monkeypatch, capsys, total):
     err = capsys.readouterr().err
     assert "3 rows" in err
     assert "4 rows" not in err
+
+
+def test_what_the_engine_is_doing_is_said_while_nothing_else_happens(monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    lines = LineProgress(total_bytes=100)
+    clock[0] = 160.0
+    lines.update(Summary(engine="load weights"))
+    assert capsys.readouterr().err.startswith("engine: load weights, 60 s  0 rows")

@@ -62,6 +62,7 @@ class Summary:
         failures: per type of error, how often, and the message of the first.
         ready_after: seconds from the start of the run until the engine was ready; None before.
         began: seconds of trio's clock.
+        engine: what the engine is doing, in a word or two.
         is_complete: every row of the input has its outcome.
     """
 
@@ -73,6 +74,7 @@ class Summary:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     in_flight: int = 0
+    engine: str = "starting"
     is_complete: bool = False
     finish_reasons: Counter[str] = field(default_factory=Counter)
     failures: dict[str, tuple[int, str]] = field(default_factory=dict)

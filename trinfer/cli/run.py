@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     import trio
 
     from trinfer.batch.files import JsonlReader, JsonlWriter
-    from trinfer.batch.runner import Summary
+    from trinfer.batch.runner import Progress, Summary
     from trinfer.config import InferenceConfig
     from trinfer.server.base import InferenceServer
 
 __all__ = ["add_parser", "execute"]
 
+ENGINE_LOOKS = 0.5  # seconds between two looks at what the engine is doing
 ENGINES = ("dummy", "vllm", "sglang", "llamacpp", "transformers", "custom", "endpoint")
 
 EPILOG = f"""\
@@ -281,24 +282,48 @@ class _Job:
         return exit_codes.ROWS_FAILED if summary.failed else exit_codes.OK
 
     async def _generate(self, summary: Summary) -> None:
+        import trio
+
         from trinfer.batch.runner import run_rows
         from trinfer.engines.create import create_server
+        from trinfer.errors import TrinferError
         from trinfer.observe.progress import show_progress
+
+        failure: TrinferError | None = None
 
         wanted = not (self._arguments.no_progress or self._arguments.quiet)
         async with create_server(self._config) as server:
             self._server = server
             with show_progress(self._reader.total_bytes, wanted=wanted) as progress:
-                await run_rows(
-                    server,
-                    self._reader,
-                    self._writer,
-                    max_concurrent=self._arguments.max_concurrent,
-                    params=self._params,
-                    summary=summary,
-                    progress=progress,
-                    stop=self._stopping,
-                )
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch_engine, server, summary, progress)
+                    try:
+                        await run_rows(
+                            server,
+                            self._reader,
+                            self._writer,
+                            max_concurrent=self._arguments.max_concurrent,
+                            params=self._params,
+                            summary=summary,
+                            progress=progress,
+                            stop=self._stopping,
+                        )
+                    except TrinferError as error:
+                        failure = error
+                    nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    async def _watch_engine(self, server: InferenceServer, summary: Summary, progress: Progress) -> None:
+        """Say what the engine is doing, also while no rows are done: a start may take minutes."""
+        import trio
+
+        while True:
+            summary.engine = server.phase or server.state.value
+            if server.restarts:
+                summary.engine += f" (restarts: {server.restarts})"
+            progress.update(summary)
+            await trio.sleep(ENGINE_LOOKS)
 
     async def _hear(self, signals: Any, work: trio.CancelScope) -> None:  # noqa: ANN401  # trio's receiver type is private
         async for number in signals:

@@ -60,7 +60,7 @@ class BarProgress:
             refresh_per_second=5,
             auto_refresh=False,  # no thread beside the trio loop
         )
-        self._task = self._bar.add_task("starting the engine", total=total_bytes, counts="")
+        self._task = self._bar.add_task("engine: starting", total=total_bytes, counts="")
         self._began = time.monotonic()
         self._next = 0.0
 
@@ -79,7 +79,7 @@ class BarProgress:
         self._next = now + BAR_EVERY
         self._bar.update(
             self._task,
-            description="generating",
+            description=_doing(summary),
             completed=summary.bytes_read,
             counts=_counts(summary, now - self._began),
         )
@@ -98,6 +98,10 @@ def show_progress(total_bytes: int | None, *, wanted: bool) -> Iterator[SilentPr
         yield LineProgress(total_bytes)
 
 
+def _doing(summary: Summary) -> str:
+    return "generating" if summary.engine.startswith("ready") else f"engine: {summary.engine}"
+
+
 def _counts(summary: Summary, seconds: float) -> str:
     rate = summary.done / seconds if seconds > 0 else 0
     tokens = summary.completion_tokens / seconds if seconds > 0 else 0
@@ -107,6 +111,8 @@ def _counts(summary: Summary, seconds: float) -> str:
 
 def _line(summary: Summary, total: int | None, seconds: float) -> str:
     text = _counts(summary, seconds)
+    if not summary.engine.startswith("ready"):
+        text = f"{_doing(summary)}, {seconds:.0f} s  {text}"
     if total and summary.bytes_read:
         left = seconds * (total - summary.bytes_read) / summary.bytes_read
         text = f"{100 * summary.bytes_read / total:3.0f} %  {text}  {_time(left)} left"
