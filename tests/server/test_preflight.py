@@ -59,7 +59,9 @@ def two_gpus(monkeypatch):
         ({"tp": 2, "gpus": (0,)}, 1, ["error"]),
         ({"tp": 2, "gpus": (0, 1)}, 1, ["ok"]),
         ({"tp": 2, "env": {"CUDA_VISIBLE_DEVICES": "0"}}, 1, ["error"]),
-        ({"tp": 1, "env": {"CUDA_VISIBLE_DEVICES": ""}}, 1, ["error"]),
+        ({"tp": 1, "env": {"CUDA_VISIBLE_DEVICES": ""}}, 1, ["warning"]),
+        ({"tp": 4, "model_kwargs": {"device": "cpu"}}, 1, []),
+        ({"tp": 4, "env": {"VLLM_CPU_KVCACHE_SPACE": "1"}}, 1, []),
     ],
 )
 def test_gpus_against_parallel_sizes(fields, nodes, expected):

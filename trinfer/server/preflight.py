@@ -88,14 +88,15 @@ def _check_gpu_count(config: InferenceConfig, nodes: int) -> Iterator[Finding]:
         )
         return
     there = gpu_count()
-    if there is None:
-        return  # no NVIDIA driver: another kind of device, which the engine knows better
-    visible = {**os.environ, **config.env}.get("CUDA_VISIBLE_DEVICES")
+    environ = {**os.environ, **config.env}
+    if there is None or "device" in config.model_kwargs or any(name.startswith("VLLM_CPU_") for name in environ):
+        return  # no NVIDIA driver, or not meant to be used: the engine knows better
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and config.gpus is None:
         there = min(there, len([one for one in visible.split(",") if one.strip()]))
     if there < wanted:
         yield Finding(
-            "error",
+            "error" if there else "warning",  # without any, it may be meant to run on the CPU
             f"tp x pp x dp asks for {wanted} GPUs on this node, and {there} are there",
             "lower tp, pp or dp, or ask for more GPUs (look at CUDA_VISIBLE_DEVICES too)",
         )

@@ -14,7 +14,10 @@ __all__ = ["Phase", "StartProgress"]
 
 # In the order in which they come; a line belongs to the last one that matches it.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("download", re.compile(r"[Dd]ownloading|Fetching \d+ files|Time spent downloading")),
+    (
+        "download",
+        re.compile(r"[Dd]ownloading|Fetching \d+ files|Time spent downloading|\.(?:safetensors|bin|gguf): +\d+%"),
+    ),
     (
         "load weights",
         re.compile(
@@ -42,6 +45,7 @@ _AMOUNT = re.compile(
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _DIGITS = re.compile(r"[\d.]+")
 _BAR = re.compile(r"[#█▏▎▍▌▋▊▉|]+ *")
+HEARD, LINES = 4 * 1024, 20  # characters and lines that are looked at of what comes at once
 KINDS_OF_LINES = 1000  # kept at most; an engine that prints more kinds of amounts is not measured by them
 
 
@@ -78,7 +82,8 @@ class StartProgress:
         """Take complete lines; returns the phase that has begun with them, if one has."""
         self.heard_at = trio.current_time()
         begun: Phase | None = None
-        for line in text.splitlines():
+        # Of a flood, the end will do: all of it would hold up the loop.
+        for line in text[-HEARD:].splitlines()[-LINES:]:
             begun = self._find_phase(line) or begun
             self._find_amount(line)
         return begun

@@ -326,5 +326,10 @@ class Supervisor:
         self._was_ready = True
         self._lifecycle.ready()
         watch = self._server.health_watch(attempt, link)
-        if watch is not None:
+        if watch is None:
+            return
+        try:
             await watch.run()
+        except Exception:
+            # An engine that serves is not ended because nobody can watch it.
+            logger.exception("%s: the health watch has failed; its process is still watched", self._server.name)
