@@ -114,3 +114,18 @@ async def test_observers_see_every_transition_and_the_failure_is_kept():
     lifecycle.start()  # a second life
     assert lifecycle.failure is None
     assert not lifecycle.is_down
+
+
+async def test_an_observer_that_raises_harms_nobody(caplog):
+    lifecycle = Lifecycle("test")
+    seen: list[Transition] = []
+
+    def fail(transition: Transition) -> None:
+        raise ValueError("watching went wrong")
+
+    lifecycle.observers.extend([fail, seen.append])
+    lifecycle.start()
+    lifecycle.ready()
+    lifecycle.stop("left")
+    assert len(seen) == 3
+    assert caplog.text.count("an observer of its states has failed") == 3

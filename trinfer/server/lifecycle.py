@@ -17,6 +17,7 @@ From each state but stopped, a way leads to failed, and from each one to stopped
 from __future__ import annotations
 
 import enum
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["ALLOWED", "Lifecycle", "ServerState", "Transition"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class ServerState(enum.Enum):
@@ -89,7 +93,7 @@ class _Attempt:
 class Lifecycle:
     """State, readiness and failure of one server.
 
-    ``observers`` are called with each `Transition`, synchronously, after it happened.
+    ``observers`` are called with each `Transition`, synchronously, after it happened; what they raise is logged.
     """
 
     def __init__(self, name: str) -> None:
@@ -190,8 +194,12 @@ class Lifecycle:
         if after not in ALLOWED[before]:
             raise AssertionError(f"{self._name}: no way from {before.value} to {after.value} ({reason})")
         self._state = after
+        transition = Transition(before, after, trio.current_time(), reason, self._attempt.number)
         for observer in tuple(self.observers):
-            observer(Transition(before, after, trio.current_time(), reason, self._attempt.number))
+            try:
+                observer(transition)
+            except Exception:  # somebody's mistake in watching it is no reason to end an engine
+                logger.exception("%s: an observer of its states has failed", self._name)
 
     # -- waiting ----------------------------------------------------------------------------------------------
 
