@@ -42,7 +42,7 @@ class Link:
         except (OSError, ValueError) as error:
             raise ServerError(
                 f"the connection to {origin.url} cannot be set up: {error}",
-                advice="check the API key, the tls_... files, and the proxy variables of the environment",
+                advice="check the API key, tls_ca_file, tls_cert_file, tls_key_file, and the environment's proxies",
             ) from error
         self._control = ControlClient(origin, api_key=api_key, tls=tls)
 
