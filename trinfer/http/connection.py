@@ -90,7 +90,7 @@ class _Reader:
         self.headers: dict[bytes, bytes] = {}
         # Called by the parser for each header (and trailer, which nobody reads): too often for a function in Python.
         self.on_header = self.headers.__setitem__
-        self.parser = httptools.HttpResponseParser(self)
+        self.parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self.status = 0
         self.framing = _Framing.NONE
         self.in_body = False
@@ -123,12 +123,15 @@ class _Reader:
             self._end()
             return
         self.touched = True
+        parser = self.parser
+        if parser is None:
+            raise BrokenConnection("it was closed on our side", untouched=False)
         if not self.in_body:
             self._header_bytes += len(data)  # with what came of the body in the same piece
             if self._header_bytes > MAX_HEADER_BYTES + CHUNK:
                 raise MalformedAnswer(f"its headers are longer than {MAX_HEADER_BYTES} bytes")
         try:
-            self.parser.feed_data(data)
+            parser.feed_data(data)
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__
             raise cause if isinstance(cause, MalformedAnswer) else MalformedAnswer(str(error)) from error
@@ -145,6 +148,10 @@ class _Reader:
             when = "in the middle of the answer" if self.touched else "before the answer"
             raise BrokenConnection(f"it was closed {when}", untouched=not self.touched)
 
+    def release(self) -> None:
+        """The parser refers to the reader: left alone, each pair would wait for the garbage collector."""
+        self.parser = None
+
     def take_body(self) -> bytes:
         """The body so far; what is taken is gone."""
         pieces, self.body = self.body, []
@@ -158,6 +165,7 @@ class _Reader:
         self.headers.clear()  # those of an interim answer
 
     def on_headers_complete(self) -> None:
+        assert self.parser is not None
         self.status = self.parser.get_status_code()
         if self.status < 200:
             self._check_interim()
@@ -263,6 +271,7 @@ class Connection:
         """
         if self._state is not _State.CLOSED:
             self._state = _State.CLOSED
+            self._reader.release()
             self._transport.close()
 
     async def exchange(self, request: bytes) -> HttpAnswer:
@@ -336,6 +345,7 @@ class Connection:
         return reader
 
     def _finish(self, reader: _Reader) -> None:
+        reader.release()
         if reader.keep_alive and self._state is _State.BUSY and not self._is_refused:
             self._state = _State.IDLE
             self.idle_since = time.monotonic()

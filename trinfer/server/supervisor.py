@@ -322,9 +322,9 @@ class Supervisor:
             attempt.fail(error)
             return
         self.found_model = start.found_model
-        attempt.remember_processes()
         self._was_ready = True
         self._lifecycle.ready()
+        attempt.remember_processes()
         watch = self._server.health_watch(attempt, link)
         if watch is None:
             return
