@@ -90,6 +90,7 @@ class Pool:
             connection.deadline = deadline
         return connection
 
+    @trio.lowlevel.enable_ki_protection  # Ctrl-C is for the user's own tasks
     async def sweep(self) -> None:
         """Watch over all connections, until cancelled: a few times a second, end the exchanges of `take` that have run
         out of time; and tell the others when there is something to read.

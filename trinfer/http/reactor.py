@@ -135,6 +135,7 @@ class Reactor:
             self._epoll.unregister(fd)
         watched.lose()
 
+    @trio.lowlevel.enable_ki_protection  # Ctrl-C is for the user's own tasks
     async def run(self) -> None:
         """Look after the sockets, until cancelled. Who waits then wakes up, and waits in other ways."""
         if not hasattr(select, "epoll"):
