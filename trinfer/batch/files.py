@@ -6,6 +6,7 @@ Rules: blocking calls happen in threads. An output file has its name only when i
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from functools import partial
@@ -29,6 +30,18 @@ BATCH_LINES = 256
 
 class FileError(TrinferError):
     """An input or output file cannot be used: missing, a folder, no permission, full disk, …"""
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new name is only certain once its folder is on the disk, too."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # file systems that know no such thing
+            raise
+    finally:
+        os.close(fd)
 
 
 class JsonlReader:
@@ -175,6 +188,7 @@ class JsonlWriter:
         try:
             os.fsync(self._fd)
             self.unfinished.replace(self._path)
+            _sync_folder(self._path.parent)
         except OSError as error:
             raise self._error("finishing", error) from error
         self.unfinished = None
