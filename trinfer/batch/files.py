@@ -188,10 +188,10 @@ class JsonlWriter:
         try:
             os.fsync(self._fd)
             self.unfinished.replace(self._path)
+            self.unfinished = None
             _sync_folder(self._path.parent)
         except OSError as error:
             raise self._error("finishing", error) from error
-        self.unfinished = None
 
     def _error(self, doing: str, error: OSError) -> FileError:
         where = self.unfinished or "the output"
