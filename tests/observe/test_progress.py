@@ -75,13 +75,19 @@ def test_what_is_shown_depends_on_where_it_goes():
 
 @pytest.mark.parametrize("total", [None, 0, 100])
 def test_a_bar_shows_counts_and_is_gone_afterwards(monkeypatch, capsys, total):
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with show_progress(total, wanted=True) as bar:
         bar.update(summary(ok=3))
-        bar.update(summary(ok=4))  # at once: not drawn
+        clock[0] += 0.05
+        bar.update(summary(ok=4))  # too soon: not drawn
+        clock[0] += 0.1
+        bar.update(summary(ok=5))
     err = capsys.readouterr().err
-    assert "3 rows" in err
-    assert "4 rows" not in err
+    assert "  3 rows" in err
+    assert "  4 rows" not in err
+    assert "  5 rows" in err
 
 
 def test_what_the_engine_is_doing_is_said_while_nothing_else_happens(monkeypatch, capsys):
