@@ -85,9 +85,9 @@ def test_a_bar_shows_counts_and_is_gone_afterwards(monkeypatch, capsys, total):
         clock[0] += 0.1
         bar.update(summary(ok=5))
     err = capsys.readouterr().err
-    assert "  3 rows" in err
-    assert "  4 rows" not in err
-    assert "  5 rows" in err
+    assert " 3 rows" in err
+    assert " 4 rows" not in err
+    assert " 5 rows" in err
 
 
 def test_what_the_engine_is_doing_is_said_while_nothing_else_happens(monkeypatch, capsys):
