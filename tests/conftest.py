@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
 from typing import TYPE_CHECKING
@@ -27,6 +28,10 @@ os.environ["TRINFER_RUNTIME_DIR"] = _RUNTIME
 # The machine's own keys and nodes are none of the tests' business.
 for _name in ("TRINFER_API_KEY", "OPENAI_API_KEY", "DATATROVE_NODE_RANK", "SLURM_NODEID", "GROUP_RANK"):
     os.environ.pop(_name, None)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts, and then interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Examples start real processes: time says nothing about a single one.
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
