@@ -29,9 +29,15 @@ os.environ["TRINFER_RUNTIME_DIR"] = _RUNTIME
 for _name in ("TRINFER_API_KEY", "OPENAI_API_KEY", "DATATROVE_NODE_RANK", "SLURM_NODEID", "GROUP_RANK"):
     os.environ.pop(_name, None)
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts, and then interrupts.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background jobs ignore Ctrl-C, and nohup's a lost terminal; so would every process that a test starts and
+# then sends these signals to.
+for _number, _action in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _action)
 
 # Examples start real processes: time says nothing about a single one.
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
