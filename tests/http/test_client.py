@@ -6,6 +6,7 @@ import itertools
 import random
 import ssl
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
@@ -122,6 +123,8 @@ MALFORMED = {
     "header too long": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000 + b"\r\nContent-Length: 5\r\n\r\nhello",
     "header without end": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000,
     "body too long": b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\nhello",
+    "trailers for ever": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n"
+    + b"X: y\r\n" * 60_000,
     "interim for ever": b"HTTP/1.1 102 Processing\r\n\r\n" * 20 + PLAIN,
 }
 
@@ -183,6 +186,22 @@ async def test_a_reused_connection_that_ends_before_its_answer_is_replaced():
             assert await client.post_json("/x", {}, timeout=5) == {"ok": True}
         assert (server.connections, len(server.requests)) == (2, 3)
         client.close()
+
+
+async def test_without_retries_a_request_is_sent_once_more_at_most():
+    server = Scripted(*[[0.05, OK]] * 5, *[[None]] * 10)
+    async with serving(server) as origin, trio.open_nursery() as nursery:
+        client = ApiClient(origin, retry=NO_RETRIES)
+        nursery.start_soon(client.sweep)
+        async with trio.open_nursery() as several:
+            for _ in range(5):
+                several.start_soon(partial(client.post_json, "/x", {}, timeout=50))
+        assert client.pool.idle == 5
+        with pytest.raises(ConnectionLost):
+            await client.post_json("/x", {}, timeout=50)
+        assert len(server.requests) == 7  # five connections, and what they are good for, notwithstanding
+        client.close()
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(
@@ -382,6 +401,75 @@ async def test_tls_with_a_private_authority_and_a_client_certificate(tmp_path):
         ApiClient(Origin.from_url("https://x"), tls=TlsOptions("/no/such/file"))
 
 
+async def test_an_unasked_answer_over_tls_reaches_nobody(tmp_path):
+    """Both answers come in one segment, as two records: what is left of it lies above the socket."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+
+    async def handler(stream: trio.SocketStream) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        secure = context.wrap_bio(incoming, outgoing, server_side=True)
+
+        async def until_done(step):
+            while True:
+                try:
+                    return step()
+                except ssl.SSLWantReadError:
+                    if data := outgoing.read():
+                        await stream.send_all(data)
+                    data = await stream.receive_some(65536)
+                    if not data:
+                        return b""
+                    incoming.write(data)
+
+        await until_done(secure.do_handshake)
+        asked = 0
+        while request := await until_done(lambda: secure.read(65536)):
+            asked += 1
+            for what in (request.rpartition(b"\r\n\r\n")[2], b'{"not": "asked for"}')[: 2 if asked == 1 else 1]:
+                secure.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(what), what))
+            await stream.send_all(outgoing.read())
+        stream.socket.close()
+
+    async with serving(handler) as plain:
+        origin = Origin.from_url(f"https://127.0.0.1:{plain.port}")
+        client = ApiClient(origin, tls=TlsOptions(str(tmp_path / "ca.pem")))
+        for number in range(3):
+            assert await client.post_json("/x", {"n": number}, timeout=5) == {"n": number}
+        client.close()
+
+
+async def test_tls_records_cut_anywhere(tmp_path):
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    async with tls_server(context) as inner:
+
+        async def trickle(stream: trio.SocketStream) -> None:
+            async with await trio.open_tcp_stream("127.0.0.1", inner.port) as upstream, trio.open_nursery() as nursery:
+
+                async def back() -> None:
+                    async for piece in upstream:
+                        for at in range(0, len(piece), 3):
+                            await stream.send_all(piece[at : at + 3])
+
+                nursery.start_soon(back)
+                async for piece in stream:
+                    await upstream.send_all(piece)
+                nursery.cancel_scope.cancel()
+            stream.socket.close()
+
+        async with serving(trickle) as plain:
+            origin = Origin.from_url(f"https://127.0.0.1:{plain.port}")
+            client = ApiClient(origin, tls=TlsOptions(str(tmp_path / "ca.pem")))
+            for _ in range(3):
+                assert await client.post_json("/x", {}, timeout=5) == {"ok": True}
+            client.close()
+
+
 # -- proxies --------------------------------------------------------------------------------------------------------
 
 
@@ -549,6 +637,8 @@ async def test_the_control_client_maps_every_error(tmp_path):
     [
         ("http://127.0.0.1:8000", Origin("http", "127.0.0.1", 8000), "127.0.0.1:8000"),
         ("https://api.example.com/v1/", Origin("https", "api.example.com", 443, None, "/v1"), "api.example.com"),
+        ("http://example.org/ü/a%20b c", Origin("http", "example.org", 80, None, "/%C3%BC/a%20b%20c"), "example.org"),
+        ("http://bücher.example:81", Origin("http", "xn--bcher-kva.example", 81), "xn--bcher-kva.example:81"),
         ("http://[::1]:80/", Origin("http", "::1", 80), "[::1]"),
         (
             "http+unix://%2Ft%2Fa%20b/base",
@@ -564,9 +654,11 @@ def test_urls_are_read_and_written(url, expected, authority):
     assert Origin.from_url(origin.url) == origin
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "127.0.0.1:80", "http://", "http+unix://", ""])
+@pytest.mark.parametrize(
+    "url", ["ftp://x", "127.0.0.1:80", "http://", "http+unix://", "", "http://a..b", f"http://{'x' * 64}.org"]
+)
 def test_what_is_no_url_is_refused(url):
-    with pytest.raises(ValueError, match=r"no http|names no"):
+    with pytest.raises(ValueError, match=r"no http|names no|no proper host"):
         Origin.from_url(url)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import time
 
 import pytest
 import trio
@@ -210,8 +211,8 @@ async def test_an_answer_that_is_no_stream():
 async def test_each_time_out_has_its_name():
     slow = [HEAD, 0.3, chunk(event({"n": 1})), 0.3, chunk(event({"n": 2})), 0.3, chunk(DONE) + END]
     for timeouts, total, name in (
-        (Timeouts(first_byte=0.1), 5, "first_byte"),
-        (Timeouts(idle=0.1), 5, "idle"),
+        (Timeouts(first_byte=0.1), 5, "stream_first_byte_timeout"),
+        (Timeouts(idle=0.1), 5, "stream_idle_timeout"),
         (Timeouts(), 0.5, "request_timeout"),
     ):
         async with serving(Scripted(list(slow))) as origin:
@@ -219,3 +220,78 @@ async def test_each_time_out_has_its_name():
                 await collect(origin, timeout=total, timeouts=timeouts)
     async with serving(Scripted(list(slow))) as origin:
         assert len(await collect(origin, timeouts=Timeouts(first_byte=2, idle=2))) == 2
+
+
+async def test_comments_are_no_first_event():
+    pings = [HEAD, *[0.05, chunk(b": ping\n\n")] * 20]
+    async with serving(Scripted(pings)) as origin:
+        began = trio.current_time()
+        with pytest.raises(RequestTimeout, match="stream_first_byte_timeout"):
+            await collect(origin, timeouts=Timeouts(first_byte=0.2, idle=5))
+        assert trio.current_time() - began < 0.8
+
+
+async def test_pauses_between_attempts_do_not_count_as_waiting_for_the_first_event():
+    busy = [b"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"]
+    async with serving(Scripted(busy, [HEAD, chunk(event({"n": 1})), chunk(DONE) + END])) as origin:
+        assert await collect(origin, timeouts=Timeouts(first_byte=0.5)) == [{"n": 1}]
+
+
+async def test_a_stream_that_is_cancelled_after_its_last_event_gives_its_slot_back():
+    async with serving(Scripted([HEAD, chunk(event({"n": 1})), chunk(DONE), 5.0])) as origin:
+        client = ApiClient(origin)
+        stream = client.stream_json("/x", {}, timeout=50)
+        assert await anext(stream) == {"n": 1}
+        with trio.move_on_after(0.1):
+            await anext(stream)
+        assert client.pool.in_use == 0
+        client.close()
+
+
+@pytest.mark.parametrize("where", ["thread", "another run"])
+async def test_a_stream_that_the_collector_finds_elsewhere_gives_its_slot_back(where):
+    def collect_there():
+        if where == "thread":
+            gc.collect()
+        else:
+            trio.run(_collect)
+
+    async def _collect():
+        gc.collect()
+        await trio.sleep(0)
+
+    scripts = [[HEAD, chunk(event({"n": 1})), 30.0], [HEAD, chunk(event({"n": 2})), chunk(DONE) + END]]
+    async with serving(Scripted(*scripts)) as origin:
+        client = ApiClient(origin, max_connections=1)
+        stream = client.stream_json("/x", {}, timeout=100)
+        assert await anext(stream) == {"n": 1}
+        gc.disable()
+        try:
+            stream.myself = stream  # as an exception that is kept does
+            del stream
+            assert client.pool.in_use == 1
+            await trio.to_thread.run_sync(collect_there)
+        finally:
+            gc.enable()
+        with trio.fail_after(5):
+            assert [event async for event in client.stream_json("/x", {}, timeout=100)] == [{"n": 2}]
+        assert client.pool.in_use == 0
+        client.close()
+
+
+def test_a_large_event_costs_no_more_than_its_length():
+    """Pieces of one line are joined once: twice the length takes twice the time, and not four times."""
+
+    def seconds(pieces: int) -> float:
+        parser = SseParser()
+        piece = b"x" * 65536
+        began = time.perf_counter()
+        assert parser.feed(b"data: ") == []
+        for _ in range(pieces):
+            assert parser.feed(piece) == []
+        (data,) = parser.feed(b"\n\n")
+        assert len(data) == pieces * 65536
+        return time.perf_counter() - began
+
+    seconds(100)
+    assert seconds(800) < 1.0  # copied again and again, it were twenty

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -24,7 +25,7 @@ from trinfer.http.sse import EventTooLong, SseParser
 from trinfer.http.transport import TlsOptions, find_proxy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
     from trinfer.http.connection import HttpAnswer
@@ -34,6 +35,7 @@ __all__ = ["ApiClient", "JsonStream", "Timeouts"]
 
 ERROR_BODY = 1 * 2**20  # bytes of an error's body that are read from a stream
 SWEPT = 40 * SWEEP_EVERY  # seconds; shorter time-outs have a scope of their own, which is exact
+HEADS = 64  # paths whose heads are kept ready; few are ever used
 FINISH = 1.0  # seconds for the end of a stream after its last event, so that the connection can be kept
 
 
@@ -148,6 +150,7 @@ class ApiClient:
         request = self._request(path, payload)
         began = trio.current_time()
         first: HttpAnswer | BrokenConnection | None = None
+        fresh = False
         if timeout >= SWEPT and (connection := self._pool.take(began + timeout)) is not None:
             try:
                 first = await connection.exchange(request)
@@ -156,13 +159,14 @@ class ApiClient:
                     raise self._complete(self._too_late(path, timeout), payload, 1, began) from None
                 # One that the server had closed while it was idle does not count as an attempt.
                 first = None if error.untouched else error
+                fresh = error.untouched
             except MalformedAnswer as error:
                 raise self._complete(error_for_exception(error, self._where(path)), payload, 1, began) from error
             finally:
                 self._pool.give_back(connection)
             if first is not None and not isinstance(first, BrokenConnection) and first.status == 200:
                 return self._read(first, path, payload, 1, began)
-        return await self._persist(request, path, payload, began, timeout, first)
+        return await self._persist(request, path, payload, began, timeout, first, fresh)
 
     async def _persist(
         self,
@@ -172,8 +176,12 @@ class ApiClient:
         began: float,
         timeout: float,
         first: HttpAnswer | BrokenConnection | None,
+        fresh: bool,
     ) -> dict[str, Any]:
-        """As many attempts as the policy allows; ``first`` is the outcome of one that was made already."""
+        """As many attempts as the policy allows; ``first`` is the outcome of one that was made already.
+
+        ``fresh``: the one more sending that a stale connection allows is this one.
+        """
         attempts = 0
         failure: RequestError | None = None
         with trio.CancelScope(deadline=began + timeout):
@@ -182,7 +190,7 @@ class ApiClient:
                 try:
                     if isinstance(first, BrokenConnection):
                         raise first
-                    answer = first or await self._pool.exchange(request)
+                    answer = first or await self._pool.exchange(request, fresh=fresh)
                 except LOWER_ERRORS as error:
                     failure = error_for_exception(error, self._where(path))
                     failure.__cause__ = error
@@ -194,7 +202,7 @@ class ApiClient:
                     pause = self._retry.pause(attempts, answer.status, answer.headers.get("retry-after"))
                 if pause is None or trio.current_time() + pause >= began + timeout:
                     raise self._complete(failure, payload, attempts, began)
-                first = None
+                first, fresh = None, False
                 await self._pool.sleep(pause)
         late = self._too_late(path, timeout)
         late.__cause__ = failure
@@ -227,6 +235,8 @@ class ApiClient:
                     payload=payload,
                     attempts=0,
                 )
+            if len(self._heads) >= HEADS:
+                self._heads.clear()
             head = self._heads[path] = f"POST {self._prefix}{path}{self._headers}".encode("latin-1")
         try:
             body = _encode(payload).encode()
@@ -282,6 +292,8 @@ class JsonStream:
         self._client, self._path, self._payload = client, path, payload
         self._timeout = timeout
         self._exchange: Exchange | None = None
+        self._token: trio.lowlevel.TrioToken | None = None  # of the run that the exchange belongs to
+        self._first_by = math.inf  # trio's time by which the first event must have come
         self._parser = SseParser()
         self._events: list[bytes] = []  # read, not given yet; in reverse
         self._began = self._deadline = 0.0
@@ -338,19 +350,31 @@ class JsonStream:
         timeouts = self._client._timeouts
         if self._exchange is None:
             self._began, self._deadline = now, now + self._timeout
-        pause = timeouts.first_byte if self.received == 0 else timeouts.idle
-        deadline = self._deadline if pause is None else min(self._deadline, now + pause)
-        try:
-            with trio.move_on_at(deadline):
-                if self._exchange is None:
-                    await self._begin()
-                assert self._exchange is not None
+            with self._mapped(), trio.move_on_at(self._deadline):
+                await self._begin()
+                return
+            raise self._fail(timed_out(self._where, "request_timeout", self._timeout))
+        is_first = self.received == 0
+        name = "stream_first_byte_timeout" if is_first else "stream_idle_timeout"
+        pause = timeouts.first_byte if is_first else timeouts.idle
+        limit = math.inf if pause is None else self._first_by if is_first else now + pause
+        with self._mapped():
+            with trio.move_on_at(min(self._deadline, limit)):
                 piece = await self._exchange.read()
                 if piece:
                     self._events = self._parser.feed(piece)[::-1]
                 else:  # without [DONE], but complete as HTTP
                     self.close()
                 return
+        if pause is None or self._deadline <= limit:
+            raise self._fail(timed_out(self._where, "request_timeout", self._timeout))
+        raise self._fail(timed_out(self._where, name, pause))
+
+    @contextlib.contextmanager
+    def _mapped(self) -> Iterator[None]:
+        """Errors of lower layers as requests' errors; whatever happens, the exchange is over."""
+        try:
+            yield
         except LOWER_ERRORS as error:
             raise self._fail(error_for_exception(error, self._where)) from error
         except EventTooLong as error:
@@ -358,19 +382,17 @@ class JsonStream:
         except BaseException:
             self.close()
             raise
-        if pause is None or deadline >= self._deadline:
-            raise self._fail(timed_out(self._where, "request_timeout", self._timeout))
-        raise self._fail(timed_out(self._where, "first_byte" if self.received == 0 else "idle", pause))
 
     async def _begin(self) -> None:
         """Send the request, as often as it may be sent, until an answer with status 200 begins."""
         client = self._client
         request = client._request(self._path, {**self._payload, "stream": True})
+        first_byte = client._timeouts.first_byte
         while True:
             self._attempts += 1
             retry_after = None
             try:
-                exchange = await client._pool.begin(request)
+                exchange = await self._send(request, first_byte)
             except LOWER_ERRORS as error:
                 failure = error_for_exception(error, self._where)
                 failure.__cause__ = error
@@ -378,7 +400,7 @@ class JsonStream:
                 final = isinstance(failure, ProtocolError)
             else:
                 if exchange.status == 200:
-                    self._exchange = exchange
+                    self._exchange, self._token = exchange, trio.lowlevel.current_trio_token()
                     self._check_kind(exchange)
                     return
                 answer = await _read_error(exchange)
@@ -389,6 +411,15 @@ class JsonStream:
                 raise self._fail(failure)
             await client._pool.sleep(pause)
 
+    async def _send(self, request: bytes, first_byte: float | None) -> Exchange:
+        """One attempt, which has the time of a first byte for itself."""
+        if first_byte is None:
+            return await self._client._pool.begin(request)
+        self._first_by = trio.current_time() + first_byte
+        with trio.move_on_at(self._first_by):
+            return await self._client._pool.begin(request)
+        raise self._fail(timed_out(self._where, "stream_first_byte_timeout", first_byte))
+
     def _check_kind(self, exchange: Exchange) -> None:
         kind = exchange.answer.headers.get("content-type", "text/event-stream")
         if not kind.lower().startswith("text/event-stream"):
@@ -397,11 +428,13 @@ class JsonStream:
     async def _finish(self) -> None:
         """After the last event comes only the end of the body, in the same piece most often."""
         self._over = True
-        if self._exchange is not None:
-            with trio.move_on_after(FINISH):
-                with contextlib.suppress(*LOWER_ERRORS):  # everything that was asked for is there
-                    await self._exchange.read()
-        self.close()
+        try:
+            if self._exchange is not None:
+                with trio.move_on_after(FINISH):
+                    with contextlib.suppress(*LOWER_ERRORS):  # everything that was asked for is there
+                        await self._exchange.read()
+        finally:
+            self.close()
 
     def _fail(self, error: RequestError) -> RequestError:
         self.close()
@@ -431,7 +464,18 @@ class JsonStream:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if self._exchange is None or self._token is None:
+            return
+        # The garbage collector runs in any thread, and may do so in another run of trio's.
+        try:
+            is_here = trio.lowlevel.current_trio_token() is self._token
+        except RuntimeError:
+            is_here = False
+        if is_here:
+            self.close()
+        else:
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._exchange.close)
 
 
 async def _read_error(exchange: Exchange) -> HttpAnswer:

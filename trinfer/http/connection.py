@@ -25,6 +25,7 @@ __all__ = ["BrokenConnection", "Connection", "HttpAnswer", "MalformedAnswer"]
 
 MAX_HEADER_BYTES = 64 * 1024
 MAX_BODY_BYTES = 256 * 2**20
+FRAMING = 64  # bytes around one byte of a chunked body: sizes and extensions; more is nothing that a server needs
 MAX_INTERIM = 16  # 1xx answers before the real one
 
 
@@ -71,6 +72,7 @@ class _Reader:
     """Callbacks of the parser for one answer, and the checks that the parser leaves to us."""
 
     __slots__ = (
+        "_framing_bytes",
         "_header_bytes",
         "_interim",
         "_size",
@@ -99,6 +101,7 @@ class _Reader:
         self.touched = False
         self.body: list[bytes] = []  # pieces that nobody has taken yet
         self._header_bytes = 0
+        self._framing_bytes = 0  # what came of a chunked answer, less its body
         self._size = 0
         self._interim = 0
 
@@ -140,6 +143,10 @@ class _Reader:
         except httptools.HttpParserError as error:
             what = "more bytes follow the answer" if self.complete else f"it is not valid HTTP/1.1 ({error})"
             raise MalformedAnswer(what) from error
+        if self.framing is _Framing.CHUNKED:
+            self._framing_bytes += len(data)
+            if self._framing_bytes > 2 * MAX_HEADER_BYTES + FRAMING * self._size:  # the headers are in it, too
+                raise MalformedAnswer(f"its chunk sizes and trailers are longer than {MAX_HEADER_BYTES} bytes")
 
     def _end(self) -> None:
         if self.in_body and self.framing is _Framing.UNTIL_CLOSE:
@@ -212,6 +219,7 @@ class _Reader:
 
     def on_body(self, data: bytes) -> None:
         self._size += len(data)
+        self._framing_bytes -= len(data)
         if self._size > MAX_BODY_BYTES:
             raise MalformedAnswer(f"its body is longer than {MAX_BODY_BYTES} bytes")
         self.body.append(data)

@@ -11,6 +11,11 @@ __all__ = ["Origin"]
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
+def _quoted(path: str) -> str:
+    """A base path as it can stand in a request: what is quoted already stays as it is."""
+    return quote(path, safe="/%:@!$&'()*+,;=~").rstrip("/")
+
+
 @dataclass(frozen=True)
 class Origin:
     """One server, as a client sees it.
@@ -41,12 +46,15 @@ class Origin:
             path = unquote(parts.netloc)
             if not path:
                 raise ValueError(f"{url!r} names no unix socket")
-            return cls("http", "localhost", 80, path, parts.path.rstrip("/"))
+            return cls("http", "localhost", 80, path, _quoted(parts.path))
         if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
             raise ValueError(f"{url!r} is no http or https URL")
-        return cls(
-            parts.scheme, parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme], None, parts.path.rstrip("/")
-        )
+        try:
+            # As it goes over the wire (IDNA); an address of IPv6 is no name.
+            host = parts.hostname if ":" in parts.hostname else parts.hostname.encode("idna").decode()
+        except UnicodeError as error:
+            raise ValueError(f"{url!r} holds no proper host name: {error}") from error
+        return cls(parts.scheme, host, parts.port or DEFAULT_PORTS[parts.scheme], None, _quoted(parts.path))
 
     @classmethod
     def unix(cls, path: str) -> Self:

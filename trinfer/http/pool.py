@@ -109,11 +109,14 @@ class Pool:
         finally:
             self._sweeping = False
 
-    async def exchange(self, request: bytes) -> HttpAnswer:
+    async def exchange(self, request: bytes, *, fresh: bool = False) -> HttpAnswer:
         """Send one request over any connection, and return its complete answer.
 
         A request that fails on a reused connection before any byte of its answer is sent once more on a fresh one:
         the server has closed it while it was idle.
+
+        Args:
+            fresh: on a new connection: that once has been used up.
 
         Raises:
             PoolClosed, BrokenConnection, MalformedAnswer, OSError: as in `Connection.exchange` and `connect`.
@@ -126,7 +129,7 @@ class Pool:
             await self._wait_for_slot()
         connection: Connection | None = None
         try:
-            connection = self._take_idle()
+            connection = None if fresh else self._take_idle()
             if connection is not None:
                 try:
                     return await connection.exchange(request)

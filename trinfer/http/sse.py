@@ -20,6 +20,8 @@ class SseParser:
 
     def __init__(self) -> None:
         self._rest = b""  # of a line that has not ended yet
+        self._pieces: list[bytes] = []  # what has come of it since
+        self._waiting = 0  # bytes of them
         self._data: list[bytes] = []
         self._size = 0
         self._begun = False
@@ -33,14 +35,22 @@ class SseParser:
                 return []
             self._rest, self._begun = b"", True
             chunk = chunk.removeprefix(b"\xef\xbb\xbf")
+        if b"\n" not in chunk and b"\r" not in chunk and not self._rest.endswith(b"\r"):
+            # Joined when the line ends: a long one would be copied again and again.
+            self._pieces.append(chunk)
+            self._waiting += len(chunk)
+            self._check(len(self._rest) + self._waiting)
+            return []
+        if self._pieces:
+            chunk = b"".join((*self._pieces, chunk))
+            self._pieces, self._waiting = [], 0
         text = self._rest + chunk if self._rest else chunk
         if b"\r" in text:
             # A CR at the very end may be the first half of a CRLF: it is kept back.
             held = b"\r" if text.endswith(b"\r") else b""
             text = text[: len(text) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + held
         *lines, self._rest = text.split(b"\n")
-        if len(self._rest) + self._size > MAX_EVENT_BYTES:
-            raise EventTooLong(f"an event is longer than {MAX_EVENT_BYTES} bytes")
+        self._check(len(self._rest))
         if not lines:
             return []
         events: list[bytes] = []
@@ -55,3 +65,7 @@ class SseParser:
             elif line == b"data":
                 self._data.append(b"")
         return events
+
+    def _check(self, waiting: int) -> None:
+        if waiting + self._size > MAX_EVENT_BYTES:
+            raise EventTooLong(f"an event is longer than {MAX_EVENT_BYTES} bytes")

@@ -33,6 +33,7 @@ __all__ = ["Proxy", "TlsOptions", "Transport", "connect", "find_proxy"]
 
 CLOSED = "it was closed on our side"
 MAX_PROXY_ANSWER = 64 * 1024
+RECORD_HEAD = 5  # bytes of a TLS record before its content: type, version, length
 
 
 class Transport(Protocol):
@@ -125,7 +126,8 @@ async def connect(
         if proxy is not None:
             await _tunnel(stream, origin, proxy)
         # https_compatible: a server that leaves without TLS's goodbye is no error; HTTP's framing tells the end.
-        secure = trio.SSLStream(stream, tls, server_hostname=origin.host, https_compatible=True)
+        records = _Records(stream)
+        secure = trio.SSLStream(records, tls, server_hostname=origin.host, https_compatible=True)
         await secure.do_handshake()
     except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
         stream.socket.close()
@@ -133,7 +135,7 @@ async def connect(
     except BaseException:
         stream.socket.close()
         raise
-    return TlsTransport(secure, stream)
+    return TlsTransport(secure, records, stream)
 
 
 async def _tunnel(stream: trio.SocketStream, origin: Origin, proxy: Proxy) -> None:
@@ -217,13 +219,58 @@ class PlainTransport:
             self._socket.close()
 
 
+class _Records(trio.abc.Stream):
+    """Hands on what a socket receives by single TLS records, and so knows what nobody has read yet.
+
+    A stream that is given more than it needs keeps the rest where nobody can see it: an answer that nobody asked for
+    would wait there for the next request.
+    """
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self._rest = b""
+        self._missing = 0  # bytes of the record that was handed on in part
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._rest and not self._missing
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if self._rest:
+            await trio.lowlevel.checkpoint()
+        else:
+            self._rest = bytes(await self._stream.receive_some(CHUNK))
+        while not self._missing and 0 < len(self._rest) < RECORD_HEAD:
+            more = bytes(await self._stream.receive_some(CHUNK))
+            if not more:
+                break
+            self._rest += more
+        rest = self._rest
+        if not self._missing:
+            is_whole = len(rest) >= RECORD_HEAD
+            self._missing = RECORD_HEAD + int.from_bytes(rest[3:RECORD_HEAD], "big") if is_whole else len(rest)
+        record, self._rest = rest[: self._missing], rest[self._missing :]
+        self._missing -= len(record)
+        return record
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
 class TlsTransport:
     """A socket with TLS, by trio's own stream."""
 
-    __slots__ = ("_poll", "_secure", "_stream")
+    __slots__ = ("_poll", "_records", "_secure", "_stream")
 
-    def __init__(self, secure: trio.SSLStream[trio.SocketStream], stream: trio.SocketStream) -> None:
+    def __init__(self, secure: trio.SSLStream[_Records], records: _Records, stream: trio.SocketStream) -> None:
         self._secure = secure
+        self._records = records
         self._stream = stream
         self._poll = select.poll()
         self._poll.register(stream.socket.fileno(), select.POLLIN)
@@ -249,7 +296,7 @@ class TlsTransport:
     def has_news(self) -> bool:
         # Session tickets of TLS 1.3 come when they like, and are no news of HTTP; but telling them apart would need a
         # read. A connection more, now and then, is the price.
-        return bool(self._poll.poll(0))
+        return not self._records.is_empty or self._secure.pending() > 0 or bool(self._poll.poll(0))
 
     def close(self) -> None:
         self._stream.socket.close()
