@@ -17,6 +17,9 @@ def test_the_tree():
     assert parents == {
         "TrinferError": "Exception",
         "ConfigError": "TrinferError",
+        "FileError": "TrinferError",
+        "RunStopped": "TrinferError",
+        "RolloutError": "InferenceError",
         "ServerError": "TrinferError",
         "InferenceError": "TrinferError",
         "StructuredOutputError": "InferenceError",

@@ -30,12 +30,15 @@ if TYPE_CHECKING:
     from trinfer.errors import ConfigError as ConfigError
     from trinfer.errors import ConnectionLost as ConnectionLost
     from trinfer.errors import ContextLengthError as ContextLengthError
+    from trinfer.errors import FileError as FileError
     from trinfer.errors import InferenceError as InferenceError
     from trinfer.errors import NotFoundError as NotFoundError
     from trinfer.errors import ProtocolError as ProtocolError
     from trinfer.errors import RateLimitError as RateLimitError
     from trinfer.errors import RequestError as RequestError
     from trinfer.errors import RequestTimeout as RequestTimeout
+    from trinfer.errors import RolloutError as RolloutError
+    from trinfer.errors import RunStopped as RunStopped
     from trinfer.errors import ServerError as ServerError
     from trinfer.errors import StreamInterrupted as StreamInterrupted
     from trinfer.errors import StructuredOutputError as StructuredOutputError
@@ -59,12 +62,15 @@ _HOME = {
     "ConfigError": "trinfer.errors",
     "ConnectionLost": "trinfer.errors",
     "ContextLengthError": "trinfer.errors",
+    "FileError": "trinfer.errors",
     "InferenceError": "trinfer.errors",
     "NotFoundError": "trinfer.errors",
     "ProtocolError": "trinfer.errors",
     "RateLimitError": "trinfer.errors",
     "RequestError": "trinfer.errors",
     "RequestTimeout": "trinfer.errors",
+    "RolloutError": "trinfer.errors",
+    "RunStopped": "trinfer.errors",
     "ServerError": "trinfer.errors",
     "StreamInterrupted": "trinfer.errors",
     "StructuredOutputError": "trinfer.errors",
@@ -83,6 +89,7 @@ __all__ = [
     "CustomServer",
     "DummyServer",
     "EndpointServer",
+    "FileError",
     "InferenceConfig",
     "InferenceError",
     "InferenceResult",
@@ -93,6 +100,8 @@ __all__ = [
     "RateLimitError",
     "RequestError",
     "RequestTimeout",
+    "RolloutError",
+    "RunStopped",
     "SGLangServer",
     "ServerError",
     "ServerState",

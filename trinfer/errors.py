@@ -8,8 +8,11 @@ cause, what to do, and shows the engine's last log lines. Errors of lower layers
 
     TrinferError
     ├── ConfigError                a value that the user chose is not possible (also a ValueError)
+    ├── FileError                  an input, an output or a run directory cannot be used
     ├── ServerError                the engine did not start, died, or was stopped
+    ├── RunStopped                 rows fail, and the run's policy says that this is enough
     └── InferenceError             one request failed, the engine may be fine
+        ├── RolloutError           the user's rollout function failed
         ├── StructuredOutputError  the answers did not fit the model that was asked for
         └── RequestError           … with what is known of the HTTP exchange
             ├── BadRequestError        400, 413, 422: final, the payload is at fault
@@ -36,12 +39,15 @@ __all__ = [
     "ConfigError",
     "ConnectionLost",
     "ContextLengthError",
+    "FileError",
     "InferenceError",
     "NotFoundError",
     "ProtocolError",
     "RateLimitError",
     "RequestError",
     "RequestTimeout",
+    "RolloutError",
+    "RunStopped",
     "ServerError",
     "StreamInterrupted",
     "StructuredOutputError",
@@ -114,6 +120,10 @@ class ConfigError(TrinferError, ValueError):
     """A value that the user chose is not possible; the message names the field, the value and the allowed range."""
 
 
+class FileError(TrinferError):
+    """An input, an output or a run directory cannot be used: missing, a full disk, a damaged journal, …"""
+
+
 class ServerError(TrinferError):
     """The engine did not start, died, became unhealthy, or has been stopped.
 
@@ -169,6 +179,14 @@ class InferenceError(TrinferError):
         super().__init__(message, cause=cause, advice=advice, log_tail=log_tail)
         self.status = status
         self.payload = payload
+
+
+class RunStopped(TrinferError):
+    """Rows fail, and the run's policy says that this is enough; what was finished before is kept."""
+
+
+class RolloutError(InferenceError):
+    """The user's rollout function failed for one document; its own error is the ``__cause__``."""
 
 
 class StructuredOutputError(InferenceError):

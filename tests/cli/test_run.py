@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.batch.runs import kept_rows
 from tests.engine_configs import fake_command
+from trinfer.data.records import content_key
 from trinfer.process.spawn import marked_processes
 
 ROOT = Path(__file__).parent.parent.parent
@@ -73,7 +75,7 @@ def test_the_same_run_gives_the_same_answers(tmp_path: Path):
 def test_pipes(tmp_path: Path):
     code, stdout, stderr = trinfer("run", "-", "-o", "-", "-q", stdin='{"prompt": "a"}\n\n{"text": "b", "id": 7}\n')
     assert (code, stderr) == (0, "")
-    assert {json.loads(line)["id"] for line in stdout.splitlines()} == {"stdin:1", 7}
+    assert {json.loads(line)["id"] for line in stdout.splitlines()} == {content_key(b'{"prompt": "a"}').hex(), 7}
 
 
 def test_rows_that_cannot_be_used_are_error_rows_with_their_place(tmp_path: Path):
@@ -89,7 +91,11 @@ def test_rows_that_cannot_be_used_are_error_rows_with_their_place(tmp_path: Path
     out = tmp_path / "out.jsonl"
     code, _, stderr = trinfer("run", source, "-o", out)
     assert code == 1
-    outcome = {row["id"]: row for row in rows(out)}
+    # Rows without an id of their own get one of their content, wherever they stand.
+    places = {
+        content_key(line.strip()).hex(): f"in.jsonl:{n}" for n, line in enumerate(source.read_bytes().splitlines(), 1)
+    }
+    outcome = {places.get(row["id"], row["id"]): row for row in rows(out)}
     assert len(outcome) == 10
     assert outcome[0]["more"] == [1]
     assert {key for key, row in outcome.items() if "generation" in row} == {0, 1, "in.jsonl:10"}
@@ -118,7 +124,7 @@ def test_prompt_options(tmp_path: Path):
     assert trinfer("run", source, "-o", out, "--prompt-field", "q", "--system-prompt", "be brief", "-q")[0] == 0
     # The dummy counts words: "system: be brief user: what".
     assert sorted(row["generation"]["usage"]["prompt_tokens"] for row in rows(out)) == [5, 5]
-    code, _, _ = trinfer("run", source, "-o", out, "--overwrite", "--no-chat", "-q")
+    code, _, _ = trinfer("run", source, "-o", out, "--restart", "--no-chat", "-q")
     assert code == 1  # messages need the chat route
     assert sum("generation" in row for row in rows(out)) == 1
     assert next(row for row in rows(out) if "generation" in row)["generation"]["usage"]["prompt_tokens"] == 2
@@ -129,7 +135,7 @@ def test_prompt_options(tmp_path: Path):
     [
         ("IN -o OUT 2>&-", 0, ""),
         ("IN -o OUT <&- >&-", 0, "20 ok"),
-        ("IN -o - >&-", 4, "writing the output failed: Bad file descriptor"),
+        ("IN -o - >&-", 4, "writing standard output failed: Bad file descriptor"),
         ("- -o OUT <&-", 4, "Bad file descriptor"),
     ],
 )
@@ -155,9 +161,9 @@ def test_standard_files_that_are_closed(tmp_path: Path, redirections, code, word
 def test_an_output_that_is_a_folder_or_the_input(tmp_path: Path):
     source = write(tmp_path / "in", {"prompt": "a"})
     (tmp_path / "link").symlink_to(source)
-    for output in (".", "/", tmp_path, source, tmp_path / "link"):
+    for output in (".", "/", "./", tmp_path, source, tmp_path / "link"):
         code, _, stderr = trinfer("run", source, "-o", output, "--overwrite")
-        assert code == 4, stderr
+        assert code == (2 if str(output) in {".", "/", "./"} else 4), stderr
         assert "unexpected" not in stderr
     assert rows(source) == [{"prompt": "a"}]
 
@@ -178,7 +184,7 @@ def test_large_rows(tmp_path: Path):
 
 def test_concurrency_is_bounded_and_used(tmp_path: Path):
     source = write(tmp_path / "in", *({"prompt": f"p{i}"} for i in range(40)))
-    base = ("run", source, "-q", "--overwrite", "-o", tmp_path / "out", "--model-kwarg", "latency=0.2")
+    base = ("run", source, "-q", "--restart", "-o", tmp_path / "out", "--model-kwarg", "latency=0.2")
     began = time.monotonic()
     assert trinfer(*base, "--max-concurrent", "40")[0] == 0
     at_once = time.monotonic() - began
@@ -212,8 +218,8 @@ def test_an_engine_that_dies_stops_the_run_and_keeps_what_was_answered(tmp_path:
     assert "its last words" in stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / "out").exists()
-    assert 40 <= len(rows(tmp_path / "out.partial")) <= 50
-    assert "out.partial" in stderr
+    assert 40 <= len(kept_rows(tmp_path / "out.run")) <= 50
+    assert "run the same command again" in stderr
 
 
 def test_an_engine_that_is_not_installed(tmp_path: Path):
@@ -242,7 +248,8 @@ def test_keys_come_from_the_environment_and_are_never_shown(tmp_path: Path):
     ("arguments", "code", "words"),
     [
         (["run", "/no/such/file", "-o", "OUT"], 4, "/no/such/file cannot be read: No such file"),
-        (["run", "/tmp", "-o", "OUT"], 4, "Is a directory"),
+        (["run", ROOT / ".git", "-o", "OUT"], 4, "matches no file"),
+        (["run", "/no/such/*.jsonl", "-o", "OUT"], 4, "matches no file"),
         (["run", EXAMPLES, "-o", "/no/such/folder/out"], 4, "cannot be written"),
         (["run", EXAMPLES, "-o", "/tmp"], 4, "is a folder"),
         (["run", EXAMPLES, "-o", "/dev/full"], 4, "No space left on device"),
@@ -261,8 +268,8 @@ def test_keys_come_from_the_environment_and_are_never_shown(tmp_path: Path):
             2,
             "--system-prompt needs the chat route",
         ),
-        (["run", EXAMPLES, "-o", "OUT", "--request-timeout", "0"], 2, "request_timeout"),
-        (["run", EXAMPLES, "-o", "OUT", "--ready-timeout", "-1"], 2, "server_ready_delay_sec"),
+        (["run", EXAMPLES, "-o", "OUT", "--request-timeout", "0"], 2, "allowed are seconds > 0"),
+        (["run", EXAMPLES, "-o", "OUT", "--ready-timeout", "inf"], 2, "allowed are seconds >= 0"),
         (["run", EXAMPLES], 2, "--output"),
         ([], 2, "COMMAND"),
         (["walk"], 2, "invalid choice"),
@@ -285,14 +292,14 @@ def test_an_existing_output_is_not_overwritten_unless_told(tmp_path: Path):
     assert trinfer("run", EXAMPLES, "-o", out, "--overwrite", "-q")[0] == 0
     assert len(rows(out)) > 1
     out.rename(tmp_path / "out.partial")
-    code, _, stderr = trinfer("run", EXAMPLES, "-o", out)
+    code, _, stderr = trinfer("run", EXAMPLES, "-o", out, "--no-durable")
     assert code == 4
     assert "unfinished run" in stderr
 
 
 def test_a_disk_that_fills_up_stops_the_run_and_keeps_what_fits(tmp_path: Path, small_disk: Path):
-    source = write(tmp_path / "in", *({"prompt": "x", "blob": "y" * 2000} for i in range(200)))
-    code, _, stderr = trinfer("run", source, "-o", small_disk / "out")
+    source = write(tmp_path / "in", *({"prompt": "x", "blob": f"{i}" + "y" * 2000} for i in range(200)))
+    code, _, stderr = trinfer("run", source, "-o", small_disk / "out", "--no-durable")
     assert code == 4
     assert "No space left on device" in stderr
     assert "Traceback" not in stderr
@@ -330,8 +337,7 @@ def start(tmp_path: Path, *options: str, latency: float = 0.05, more: str = "") 
 
 def wait_for_rows(tmp_path: Path, count: int) -> None:
     give_up = time.monotonic() + 20
-    partial = tmp_path / "out.partial"
-    while not partial.exists() or partial.read_bytes().count(b"\n") < count:
+    while len(kept_rows(tmp_path / "out.run")) < count:
         assert time.monotonic() < give_up
         time.sleep(0.02)
 
@@ -345,13 +351,13 @@ def engines_of(pid: int) -> list[int]:
 def test_a_signal_stops_the_run_when_what_is_under_way_has_been_answered(tmp_path: Path, number, code):
     process = start(tmp_path)
     wait_for_rows(tmp_path, 5)
-    before = len(rows(tmp_path / "out.partial"))
+    before = len(kept_rows(tmp_path / "out.run"))
     process.send_signal(number)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == code
     assert b"Traceback" not in stderr
     assert b"stopping" in stderr
-    kept = rows(tmp_path / "out.partial")
+    kept = kept_rows(tmp_path / "out.run")
     # The four requests that were under way are not lost.
     assert len({row["id"] for row in kept}) == len(kept) >= before + 4
     assert all("generation" in row for row in kept)
@@ -402,7 +408,7 @@ def test_a_time_limit(tmp_path: Path):
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 75
     assert b"the time limit is reached" in stderr
-    assert len(rows(tmp_path / "out.partial")) >= 4
+    assert len(kept_rows(tmp_path / "out.run")) >= 4
 
 
 def test_kill_9_leaves_whole_rows_and_no_engine(tmp_path: Path):
@@ -417,7 +423,7 @@ def test_kill_9_leaves_whole_rows_and_no_engine(tmp_path: Path):
     while marked_processes(marker) and time.monotonic() < give_up:
         time.sleep(0.02)
     assert marked_processes(marker) == []
-    assert len(rows(tmp_path / "out.partial")) >= 5
+    assert len(kept_rows(tmp_path / "out.run")) >= 5
 
 
 def test_a_reader_that_goes_away_is_told_cleanly(tmp_path: Path):

@@ -7,20 +7,19 @@ import sys
 import pytest
 
 from trinfer import BadRequestError, InferenceResult
-from trinfer.batch.rows import Row
-from trinfer.batch.runner import Summary
+from trinfer.batch.summary import Summary
 from trinfer.observe import progress
 from trinfer.observe.progress import LineProgress, SilentProgress, describe, show_progress
 
 
 def summary(ok: int = 0, failed: int = 0) -> Summary:
     made = Summary(engine="ready")
-    for number in range(ok):
-        made.add_result(
-            Row(f"f:{number}", 10), InferenceResult("x", "stop", {"prompt_tokens": 2, "completion_tokens": 5})
-        )
+    for _ in range(ok):
+        made.ok += 1
+        made.bytes_read += 10
+        made.add_request(InferenceResult("x", "stop", {"prompt_tokens": 2, "completion_tokens": 5}), 0.5)
     for number in range(failed):
-        made.add_failure(Row(f"f:{number}", 10), BadRequestError(f"no\n  {number}" + "!" * 1000))
+        made.add_failure(10, BadRequestError(f"no\n  {number}" + "!" * 1000))
     return made
 
 
@@ -30,10 +29,15 @@ def test_a_summary_tells_rows_tokens_reasons_and_the_first_failure_of_each_kind(
     lines = describe(made, 4.0).splitlines()
     assert lines[0] == "10 rows in 4.0 s: 8 ok, 2 failed (engine ready after 1.2 s)"
     assert lines[1] == "tokens: 16 in, 40 out, 10 out per second"
-    assert lines[2] == "finished by: stop 8"
-    assert lines[3].startswith("failed: BadRequestError 2, first: no 0!")
-    assert len(lines) == 4
-    assert len(lines[3]) < 400
+    assert lines[2].startswith("latency: p50 0.5")
+    assert lines[3] == "finished by: stop 8"
+    assert lines[4].startswith("failed: BadRequestError 2, first: no 0!")
+    assert len(lines) == 5
+    assert len(lines[4]) < 400
+    made.skipped, made.cache_hits, made.removed = 7, 3, 1
+    said = describe(made, 4.0, cost=1.5)
+    for part in ("; 7 were done before", "answers used again: 3", "cost: 1.5000", "1 without results"):
+        assert part in said
 
 
 def test_an_empty_run_of_no_time():
@@ -50,7 +54,9 @@ def test_lines_come_now_and_then_with_rate_and_time_left(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 4
-    assert err.splitlines()[-1] == " 20 %  20 rows  1.0 rows/s  5 tokens/s  0 in flight  0:01:20 left"
+    assert err.splitlines()[-1] == (
+        " 20 %  20 rows  1.0 rows/s  2 in, 5 out tokens/s  0 in flight  80 rows, 0:01:20 left"
+    )
 
 
 def test_without_a_known_size_there_is_no_time_left(monkeypatch, capsys):

@@ -1,243 +1,212 @@
-"""Reader, workers, writer: one generation per row, many at a time, in bounded memory.
-
-Rules: a row that fails is an output row like any other; only a failed engine or file stops the run. What has been
-answered is written, also when the run is stopped or cancelled; stopping lets the requests under way be answered.
-"""
+"""`InferenceRunner`: the user's rollouts over all documents, exactly once."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+import hashlib
+import inspect
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import trio
 
-from trinfer.batch.rows import Row, encode, failed, finished
-from trinfer.errors import InferenceError, TrinferError
-from trinfer.results import InferenceResult
+from trinfer._version import __version__
+from trinfer.batch.context import entered
+from trinfer.batch.jobs import RolloutJob
+from trinfer.batch.pipeline import Limits
+from trinfer.batch.policy import ErrorPolicy
+from trinfer.batch.publish import Output
+from trinfer.batch.run import BatchRun, RunOptions, default_run_dir
+from trinfer.data.readers import Inputs
+from trinfer.data.records import Raw
+from trinfer.engines.create import create_server
+from trinfer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
-__all__ = ["Generator", "Progress", "RowReader", "RowWriter", "Summary", "run_rows"]
+    from trinfer.batch.items import Progress
+    from trinfer.batch.jobs import RolloutFunction
+    from trinfer.batch.summary import Summary
+    from trinfer.config import InferenceConfig
+    from trinfer.data.documents import Document
+    from trinfer.server.base import InferenceServer
 
-WRITE_BATCH = 512  # rows
-
-
-class Generator(Protocol):
-    """What the batch needs of a server, or of many."""
-
-    async def wait_ready(self) -> None: ...
-    async def make_request(self, payload: Mapping[str, Any]) -> dict[str, Any]: ...
+__all__ = ["InferenceRunner"]
 
 
-class RowReader(Protocol):
-    """Where rows come from."""
-
-    async def read(self, rows: trio.MemorySendChannel[Row]) -> None: ...
-
-
-class RowWriter(Protocol):
-    """Where lines go to."""
-
-    async def write(self, lines: Sequence[bytes]) -> None: ...
-
-
-class Progress(Protocol):
-    """Who wants to see how far the run is."""
-
-    def update(self, summary: Summary) -> None: ...
-
-
-@dataclass
-class Summary:
-    """How far a run is, and in the end what it was.
-
-    Attributes:
-        ok, failed: rows.
-        bytes_read: of the input, by rows that are done.
-        prompt_tokens, completion_tokens: as the server counted them.
-        in_flight: requests under way.
-        finish_reasons: how often each occurred.
-        failures: per type of error, how often, and the message of the first.
-        ready_after: seconds from the start of the run until the engine was ready; None before.
-        began: seconds of trio's clock.
-        engine: what the engine is doing, in a word or two.
-        is_complete: every row of the input has its outcome.
-    """
-
-    began: float = 0.0
-    ready_after: float | None = None
-    ok: int = 0
-    failed: int = 0
-    bytes_read: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    in_flight: int = 0
-    engine: str = "starting"
-    is_complete: bool = False
-    finish_reasons: Counter[str] = field(default_factory=Counter)
-    failures: dict[str, tuple[int, str]] = field(default_factory=dict)
-
-    @property
-    def done(self) -> int:
-        return self.ok + self.failed
-
-    def add_result(self, row: Row, result: InferenceResult) -> None:
-        self.ok += 1
-        self.bytes_read += row.size
-        self.prompt_tokens += result.prompt_tokens
-        self.completion_tokens += result.completion_tokens
-        self.finish_reasons[result.finish_reason or "none"] += 1
-
-    def add_failure(self, row: Row, error: TrinferError) -> None:
-        self.failed += 1
-        self.bytes_read += row.size
-        kind = type(error).__name__
-        count, first = self.failures.get(kind, (0, error.message))
-        self.failures[kind] = (count + 1, first)
-
-
-async def run_rows(
-    server: Generator,
-    reader: RowReader,
-    writer: RowWriter,
-    *,
-    max_concurrent: int,
-    params: Mapping[str, Any],
-    summary: Summary,
-    progress: Progress | None = None,
-    stop: trio.Event | None = None,
-) -> None:
-    """Send every row's request, and write every row's outcome, in the order in which they are done.
+class InferenceRunner:
+    """Runs a rollout function over documents, through an engine of its own, and keeps what is done through any crash.
 
     Args:
-        max_concurrent: requests under way at once, >= 1.
-        params: generation parameters of every request.
-        summary: filled as the run goes on.
-        stop: when it is set, no more rows are begun, and those under way are finished.
+        rollout_fn: ``async def rollout(document, generate, **context)``. ``await generate(payload)`` sends one request
+            and returns an `InferenceResult`; it may be called any number of times. What the function returns (an
+            `InferenceResult`, any JSON value, or None) is the rollout's result.
+        config: the engine.
+        reader: paths of the input (files, globs, folders, remote ones, ``hf:NAME``), `Inputs`, or an iterable of
+            documents that gives the same ones each time.
+        writer: the output: a file, or a folder of parts (``FOLDER/``), remote ones too.
+        rollouts_per_document: how often the function is run for each document, side by side.
+        metadata_key: where in a document's metadata the results are put, as a list. A document all of whose results
+            are None is left out.
+        shared_context: keywords for the function: a dict, a function that returns one, or a context manager around
+            one, sync or async. It is entered once for each run.
+        max_concurrent_generations: requests under way at once.
+        max_concurrent_documents: documents under way at once; by default as many as the former needs.
+        durable: keep a run directory, so that a run that was killed is continued by the same call. Without, an
+            interrupted run leaves what it has as ``NAME.partial``.
+        run_dir: the run directory; by default the output's name with ``.run``.
+        on_error: "fail" ends the run with the first document that fails (the next call continues), "skip" notes it in
+            the run directory's ``errors.jsonl`` and goes on, "retry" tries again before that. ``max_failures`` as
+            "100" or "1%" ends the run when more fail.
+        version: part of what a run is; by default a hash of the rollout function's source. A run is not continued with
+            another one, unless ``accept_changes``.
+        ordered: write the documents in the order of the input.
+        text_field: where records of the input have their text.
+
+    The rest is as in `RunOptions`.
 
     Raises:
-        ServerError: the engine failed. TrinferError of the reader or writer: a file failed.
-
-    Cancelled: requests under way are dropped; what was answered is written.
+        ConfigError: values that are not possible.
     """
-    run = _Run(server, writer, params, summary, progress, trio.Event() if stop is None else stop)
-    await run.all(reader, max_concurrent)
 
-
-class _Run:
     def __init__(
         self,
-        server: Generator,
-        writer: RowWriter,
-        params: Mapping[str, Any],
-        summary: Summary,
-        progress: Progress | None,
-        stop: trio.Event,
+        rollout_fn: RolloutFunction,
+        config: InferenceConfig,
+        reader: str | Sequence[str] | Inputs | Iterable[Document],
+        writer: str | Path | Output,
+        *,
+        rollouts_per_document: int = 1,
+        metadata_key: str = "rollout_results",
+        shared_context: Any = None,  # noqa: ANN401  # see `trinfer.batch.context`
+        max_concurrent_generations: int = 500,
+        max_concurrent_documents: int | None = None,
+        durable: bool = True,
+        run_dir: str | Path | None = None,
+        on_error: str | ErrorPolicy = "fail",
+        max_failures: str | None = None,
+        version: str | None = None,
+        ordered: bool = False,
+        overwrite: bool = False,
+        restart: bool = False,
+        accept_changes: bool = False,
+        retry_failed: bool = False,
+        text_field: str = "text",
     ) -> None:
-        self._server, self._writer, self._params = server, writer, params
-        self._summary, self._progress = summary, progress
-        self._stopping = stop
-        self._failure: TrinferError | None = None
-        self._scope = trio.CancelScope()
+        for name, value in (
+            ("rollouts_per_document", rollouts_per_document),
+            ("max_concurrent_generations", max_concurrent_generations),
+            ("max_concurrent_documents", 1 if max_concurrent_documents is None else max_concurrent_documents),
+        ):
+            if value < 1:
+                raise ConfigError(f"{name}={value}: allowed are integers >= 1")
+        if not callable(rollout_fn):
+            raise ConfigError(
+                f"rollout_fn={rollout_fn!r}: allowed is an async function (document, generate, **context)"
+            )
+        self._function, self._config = rollout_fn, config
+        self._inputs = _inputs(reader)
+        self._shared = shared_context
+        output = writer if isinstance(writer, Output) else Output(str(writer))
+        self._options = RunOptions(
+            output=output,
+            run_dir=(Path(run_dir) if run_dir is not None else default_run_dir(output.path)) if durable else None,
+            limits=Limits(max_concurrent_generations, max_concurrent_documents, rollouts_per_document),
+            policy=ErrorPolicy.of(on_error, max_failures),
+            job={
+                "model": config.model_name_or_path,
+                "engine": config.server_type,
+                "use_chat": config.use_chat,
+                "params": dict(config.default_generation_params),
+                "rollout": version if version is not None else _source_hash(rollout_fn),
+                "rollouts_per_document": rollouts_per_document,
+                "metadata_key": metadata_key,
+                "text_field": text_field,
+            },
+            notes={"trinfer": __version__},
+            ordered=ordered,
+            overwrite=overwrite,
+            restart=restart,
+            accept_changes=accept_changes,
+            retry_failed=retry_failed,
+        )
+        self._job = RolloutJob(rollout_fn, rollouts_per_document, metadata_key=metadata_key, text_field=text_field)
 
-    def _stop(self, failure: TrinferError) -> None:
-        """The first failure stops the run; those that follow from it are not told."""
-        if self._failure is None:
-            self._failure = failure
-        self._scope.cancel()
+    async def run(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        stop: trio.Event | None = None,
+        progress: Progress | None = None,
+    ) -> Summary:
+        """Do one shard of the documents, or what is left of it; returns the figures of this session.
 
-    async def all(self, reader: RowReader, max_concurrent: int) -> None:
-        # As many rows wait as are under way: enough to keep every worker busy, and no more memory than that.
-        send_rows, rows = trio.open_memory_channel[Row](max_concurrent)
-        send_lines, lines = trio.open_memory_channel[bytes](max_concurrent)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._write, lines)
-            async with send_lines:
-                with self._scope:
-                    async with trio.open_nursery() as work, rows:
-                        work.start_soon(self._await_engine)
-                        for _ in range(max_concurrent):
-                            work.start_soon(self._work, rows.clone(), send_lines)
-                        await self._read(reader, send_rows)
-        if self._failure is not None:
-            raise self._failure
+        Args:
+            rank, world_size: this shard, of so many. Documents are dealt out by their content, and a run may be
+                continued with another number of shards.
+            stop: when it is set, no more documents are begun, and those under way are finished.
 
-    async def _read(self, reader: RowReader, rows: trio.MemorySendChannel[Row]) -> None:
-        async with trio.open_nursery() as nursery:
+        Raises:
+            ServerError: the engine failed. FileError: a file or the disk did. RunStopped: documents fail, and the
+                policy says that this is enough. ConfigError: the run directory belongs to another job.
+                RolloutError and other InferenceErrors are the ``__cause__`` of RunStopped.
 
-            async def give_up() -> None:
-                await self._stopping.wait()
-                nursery.cancel_scope.cancel()
+        Cancelled: requests under way are dropped; what was answered is kept.
+        """
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank={rank} of world_size={world_size}: allowed is 0 <= rank < world_size")
+        options = replace(self._options, rank=rank, world_size=world_size)
+        with BatchRun(self._inputs, self._job, options) as batch:
+            if batch.is_finished:
+                batch.summary.is_complete = True
+                return batch.summary
+            await batch.run(lambda: self._server(rank), stop=stop, progress=progress)
+            return batch.summary
 
-            nursery.start_soon(give_up)
-            try:
-                await reader.read(rows)
-            except TrinferError as error:
-                self._stop(error)
-            else:
-                self._summary.is_complete = True
-            nursery.cancel_scope.cancel()
+    def run_sync(self, rank: int = 0, world_size: int = 1) -> Summary:
+        """`run` for callers without trio. Ctrl-C ends it, and what was answered is kept."""
+        return trio.run(self.run, rank, world_size, restrict_keyboard_interrupt_to_checkpoints=True)
 
-    async def _await_engine(self) -> None:
-        """Only to know when it was ready; rows are read and requests prepared meanwhile."""
-        try:
-            await self._server.wait_ready()
-        except TrinferError as error:
-            self._stop(error)
-        else:
-            self._summary.ready_after = trio.current_time() - self._summary.began
+    @asynccontextmanager
+    async def _server(self, rank: int) -> AsyncIterator[InferenceServer | None]:
+        async with create_server(self._config, rank) as server:
+            if server is None:  # a worker node
+                yield None  # type: ignore[unreachable]
+                return
+            async with entered(self._shared) as context:
+                self._job.context = context
+                yield server
 
-    async def _work(self, rows: trio.MemoryReceiveChannel[Row], lines: trio.MemorySendChannel[bytes]) -> None:
-        summary = self._summary
-        async with rows:
-            async for row in rows:
-                if self._stopping.is_set():
-                    summary.is_complete = False
-                    return
-                try:
-                    output = await self._generate(row)
-                except TrinferError as error:
-                    self._stop(error)
-                    return
-                # Shielded: what has been paid for gets to the writer, which is there until the channel closes.
-                with trio.CancelScope(shield=True):
-                    await lines.send(encode(output))
-                if self._progress is not None:
-                    self._progress.update(summary)
 
-    async def _generate(self, row: Row) -> dict[str, Any]:
-        """The output row; raises what concerns more than this row."""
-        summary = self._summary
-        if row.payload is None:
-            assert row.error is not None
-            summary.add_failure(row, row.error)
-            return failed(row, row.error)
-        summary.in_flight += 1
-        try:
-            result = InferenceResult.from_response(await self._server.make_request({**self._params, **row.payload}))
-        except InferenceError as error:
-            summary.add_failure(row, error)
-            return failed(row, error)
-        finally:
-            summary.in_flight -= 1
-        summary.add_result(row, result)
-        return finished(row, result)
+class _Documents(Inputs):
+    """Documents of the caller's own."""
 
-    async def _write(self, lines: trio.MemoryReceiveChannel[bytes]) -> None:
-        """Write until the last worker has gone; shielded, so that a cancelled run keeps what it has."""
-        with trio.CancelScope(shield=True):
-            async with lines:
-                async for line in lines:
-                    batch = [line]
-                    while len(batch) < WRITE_BATCH:
-                        try:
-                            batch.append(lines.receive_nowait())
-                        except (trio.WouldBlock, trio.EndOfChannel):
-                            break
-                    try:
-                        await self._writer.write(batch)
-                    except TrinferError as error:
-                        self._stop(error)
-                        return
+    def __init__(self, documents: Iterable[Document]) -> None:
+        super().__init__([])
+        self._documents = documents
+
+    def __iter__(self) -> Iterator[Raw]:
+        for number, document in enumerate(self._documents, 1):
+            yield Raw(f"document {number}", len(document.text), document.to_dict())
+
+
+def _inputs(reader: str | Sequence[str] | Inputs | Iterable[Document]) -> Inputs:
+    if isinstance(reader, Inputs):
+        return reader
+    if isinstance(reader, str | Path):
+        return Inputs(str(reader))
+    if isinstance(reader, list | tuple) and reader and all(isinstance(each, str | Path) for each in reader):
+        return Inputs([str(each) for each in reader])
+    return _Documents(reader)  # type: ignore[arg-type]  # what is left
+
+
+def _source_hash(function: RolloutFunction) -> str:
+    """A short hash of a function's source; its name where there is none."""
+    try:
+        source = inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):
+        return getattr(function, "__qualname__", type(function).__qualname__)
+    return hashlib.sha256(inspect.cleandoc(source).encode()).hexdigest()[:16]

@@ -42,10 +42,13 @@ def find_log(server: str) -> Path:
     from pathlib import Path
 
     from trinfer.errors import ConfigError
+    from trinfer.process.identity import is_alive
     from trinfer.process.ledger import entries
 
     known = [entry for _, entry in entries()]
     matching = [e for e in known if e.server.startswith(server) or f"{e.engine}:{e.rank}" == server]
+    if len(matching) > 1:  # what a dead owner has left is not meant where there is a living one
+        matching = [e for e in matching if is_alive(e.run) is not False] or matching
     if len(matching) != 1:
         shown = ", ".join(f"{e.server} ({e.engine}:{e.rank})" for e in matching or known) or "none"
         what = "names several servers" if matching else "is no server that runs here"
@@ -59,7 +62,7 @@ def find_log(server: str) -> Path:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    from trinfer.batch.files import FileError
+    from trinfer.errors import FileError
 
     path = find_log(arguments.server)
     try:

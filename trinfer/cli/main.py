@@ -6,12 +6,14 @@ Rule: nothing heavy is imported before a command runs, so that ``--help`` and ``
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import sys
 from typing import TYPE_CHECKING
 
 from trinfer._version import __version__
-from trinfer.cli import doctor, exit_codes, gc, logs, ps, run
+from trinfer.cli import batch, doctor, exit_codes, gc, logs, ps, retry, run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,17 +30,31 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"trinfer {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (run, ps, logs, gc, doctor):
+    for command in (run, batch, ps, logs, gc, doctor):
         command.add_parser(commands)
+    retry.add_parser(commands, _parse)
     return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    arguments = build_parser().parse_args(argv)
+    arguments.argv = list(argv)  # a run notes how it was started
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Raises SystemExit(2) for wrong options, as argparse does."""
     _open_standard_files()
-    arguments = build_parser().parse_args(argv)
     try:
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
         code: int = arguments.execute(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return exit_codes.INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has had enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return exit_codes.OK
     except Exception as error:
         if os.environ.get("TRINFER_DEBUG"):
             raise
@@ -60,20 +76,31 @@ def _open_standard_files() -> None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  # as long-lived as the program
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # likewise
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no command
 
 
 def _report(error: Exception) -> int:
-    from trinfer.batch.files import FileError
-    from trinfer.errors import ConfigError, ServerError, TrinferError
+    from trinfer.errors import ConfigError, FileError, RunStopped, ServerError, TrinferError
+    from trinfer.observe.progress import say
 
-    print(f"trinfer: {error}" if isinstance(error, TrinferError) else _bug(error), file=sys.stderr)
-    if isinstance(error, ConfigError):
-        return exit_codes.USAGE
-    if isinstance(error, FileError):
-        return exit_codes.FILES
-    if isinstance(error, ServerError):
-        return exit_codes.ENGINE
-    return exit_codes.ROWS_FAILED
+    if isinstance(error, OSError) and _is_stdout(error):
+        error = FileError(f"standard output cannot be written: {error.strerror}")
+    say(f"trinfer: {error}" if isinstance(error, TrinferError) else _bug(error))
+    for kind, code in (
+        (ConfigError, exit_codes.USAGE),
+        (FileError, exit_codes.FILES),
+        (ServerError, exit_codes.ENGINE),
+        (RunStopped, exit_codes.STOPPED),
+    ):
+        if isinstance(error, kind):
+            return code
+    return exit_codes.BUG
+
+
+def _is_stdout(error: OSError) -> bool:
+    """Whether it is standard output that has failed; nothing else is written without a name."""
+    return error.filename is None and error.errno in {errno.ENOSPC, errno.EIO, errno.EBADF}
 
 
 def _bug(error: Exception) -> str:

@@ -13,12 +13,19 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from trinfer.batch.runner import Summary
+    from trinfer.batch.summary import Summary
 
-__all__ = ["LineProgress", "SilentProgress", "describe", "show_progress"]
+__all__ = ["LineProgress", "SilentProgress", "describe", "say", "show_progress"]
 
 LINE_EVERY = 5.0  # seconds
 BAR_EVERY = 0.1  # seconds
+OWN_WORK = {"reading the journal", "publishing"}
+
+
+def say(text: str) -> None:
+    """A line for people, on standard error. A terminal that has gone, or a full disk behind it, ends no run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 class SilentProgress:
@@ -39,7 +46,7 @@ class LineProgress:
         now = time.monotonic()
         if now >= self._next:
             self._next = now + LINE_EVERY
-            print(_line(summary, self._total, now - self._began), file=sys.stderr, flush=True)
+            say(_line(summary, self._total, now - self._began))
 
 
 class BarProgress:
@@ -77,13 +84,14 @@ class BarProgress:
         if now < self._next:
             return
         self._next = now + BAR_EVERY
-        self._bar.update(
-            self._task,
-            description=_doing(summary),
-            completed=summary.bytes_read,
-            counts=_counts(summary, now - self._began),
-        )
-        self._bar.refresh()
+        with contextlib.suppress(OSError):
+            self._bar.update(
+                self._task,
+                description=_doing(summary),
+                completed=summary.bytes_read,
+                counts=_counts(summary, now - self._began),
+            )
+            self._bar.refresh()
 
 
 @contextlib.contextmanager
@@ -99,14 +107,27 @@ def show_progress(total_bytes: int | None, *, wanted: bool) -> Iterator[SilentPr
 
 
 def _doing(summary: Summary) -> str:
-    return "generating" if summary.engine.startswith("ready") else f"engine: {summary.engine}"
+    if summary.engine.startswith("ready"):
+        return "generating"
+    return summary.engine if summary.engine in OWN_WORK else f"engine: {summary.engine}"
 
 
 def _counts(summary: Summary, seconds: float) -> str:
-    rate = summary.done / seconds if seconds > 0 else 0
-    tokens = summary.completion_tokens / seconds if seconds > 0 else 0
-    text = f"{summary.done} rows  {rate:.1f} rows/s  {tokens:.0f} tokens/s  {summary.in_flight} in flight"
-    return text + (f"  {summary.failed} failed" if summary.failed else "")
+    per = 1 / seconds if seconds > 0 else 0.0
+    text = (
+        f"{summary.skipped + summary.done} rows  {summary.done * per:.1f} rows/s  "
+        f"{summary.prompt_tokens * per:.0f} in, {summary.completion_tokens * per:.0f} out tokens/s  "
+        f"{summary.in_flight} in flight"
+    )
+    for count, name in (
+        (summary.failed, "failed"),
+        (summary.skipped, "done before"),
+        (summary.cache_hits, "answers used again"),
+        (summary.restarts, "restarts"),
+    ):
+        if count:
+            text += f"  {count} {name}"
+    return text
 
 
 def _line(summary: Summary, total: int | None, seconds: float) -> str:
@@ -114,8 +135,11 @@ def _line(summary: Summary, total: int | None, seconds: float) -> str:
     if not summary.engine.startswith("ready"):
         text = f"{_doing(summary)}, {seconds:.0f} s  {text}"
     if total and summary.bytes_read:
-        left = seconds * (total - summary.bytes_read) / summary.bytes_read
-        text = f"{100 * summary.bytes_read / total:3.0f} %  {text}  {_time(left)} left"
+        share = (total - summary.bytes_read) / summary.bytes_read
+        rows = (summary.skipped + summary.done) * share
+        # What was done before took none of this session's time.
+        left = rows * seconds / summary.done if summary.done else 0.0
+        text = f"{100 * summary.bytes_read / total:3.0f} %  {text}  {rows:.0f} rows, {_time(left)} left"
     return text
 
 
@@ -125,15 +149,26 @@ def _time(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def describe(summary: Summary, seconds: float) -> str:
-    """The run in a few lines."""
+def describe(summary: Summary, seconds: float, cost: float | None = None) -> str:
+    """The session in a few lines."""
     per_second = summary.completion_tokens / seconds if seconds > 0 else 0.0
     lines = [f"{summary.done} rows in {seconds:.1f} s: {summary.ok} ok, {summary.failed} failed"]
+    if summary.removed:
+        lines[0] += f", {summary.removed} without results"
+    if summary.skipped:
+        lines[0] += f"; {summary.skipped} were done before"
     if summary.ready_after is not None:
         lines[0] += f" (engine ready after {summary.ready_after:.1f} s)"
     lines.append(
         f"tokens: {summary.prompt_tokens} in, {summary.completion_tokens} out, {per_second:.0f} out per second"
     )
+    if cost is not None:
+        lines[-1] += f"; cost: {cost:.4f}"
+    if summary.latency.total:
+        shown = ((name, summary.latency.percentile(percent)) for name, percent in (("p50", 50), ("p99", 99)))
+        lines.append("latency: " + ", ".join(f"{name} {value:.3g} s" for name, value in shown if value is not None))
+    if summary.cache_hits:
+        lines.append(f"answers used again: {summary.cache_hits}")
     if summary.finish_reasons:
         reasons = ", ".join(f"{reason} {count}" for reason, count in summary.finish_reasons.most_common())
         lines.append(f"finished by: {reasons}")

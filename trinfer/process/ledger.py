@@ -51,6 +51,14 @@ class Entry:
     requests: int = 0
 
 
+# What a damaged or strange file may hold instead ends no command.
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("server", "run", "engine", "model", "state", "address", "log"), str),
+    **dict.fromkeys(("rank", "restarts", "requests"), int),
+    "started_at": (int, float),
+}
+
+
 def _folder() -> Path:
     folder = runtime_dir() / "ledger"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -102,7 +110,9 @@ def entries() -> list[tuple[Path, Entry]]:
     for path in sorted(_folder().glob("*.json")):
         try:
             data: Any = json.loads(path.read_bytes())
-            found.append((path, Entry(**{key: value for key, value in data.items() if key in names})))
+            entry = Entry(**{key: value for key, value in data.items() if key in names})
+            if all(isinstance(getattr(entry, name), kind) for name, kind in KINDS.items()):
+                found.append((path, entry))
         except (OSError, ValueError, TypeError, AttributeError):
             continue
     return found

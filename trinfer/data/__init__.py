@@ -1,0 +1,1 @@
+"""Records in, lines out: formats, compression, remote paths. Knows nothing of inference."""
