@@ -116,7 +116,8 @@ async def test_a_cancelled_scope_around_a_body_that_raises_keeps_the_exception()
 async def test_a_cancelled_scope_before_the_block():
     with trio.CancelScope() as scope:
         scope.cancel()
-        async with CustomServer(fake_config()) as server:
+        server = CustomServer(fake_config())
+        async with server:
             await trio.lowlevel.checkpoint()
     assert scope.cancelled_caught
     assert server.state is ServerState.STOPPED

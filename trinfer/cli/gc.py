@@ -1,8 +1,8 @@
 """``trinfer gc``: ends engines whose owner is gone, and nothing else.
 
 Rule: a process is ended only if, at that very moment, its environment carries the mark of a run whose process (pid
-and start time) does not live any more. It is held by a pidfd from before the look to the signal, so that a pid that has
-been given to somebody else is never hit.
+and start time) does not live any more, or the ledger has seen it (by pid and start time) in such a run. It is held by a
+pidfd from before the look to the signal, so that a pid that has been given to somebody else is never hit.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def execute(arguments: argparse.Namespace) -> int:
     from trinfer.process.identity import find_trees, is_alive
     from trinfer.process.ledger import entries
 
-    orphans = [tree for tree in find_trees() if is_alive(tree.run) is False]
+    orphans = [tree for tree in find_trees(_known()) if is_alive(tree.run) is False]
     stale = [(path, entry) for path, entry in entries() if is_alive(entry.run) is False]
     verb = "ending" if arguments.yes else "would end"
     for tree in orphans:
@@ -98,19 +98,28 @@ def _end(orphans: Sequence[Tree]) -> list[Tree]:
 def _left(wanted: set[tuple[str, str]]) -> list[Tree]:
     from trinfer.process.identity import find_trees
 
-    return [tree for tree in find_trees() if (tree.run, tree.server) in wanted]
+    return [tree for tree in find_trees(_known()) if (tree.run, tree.server) in wanted]
+
+
+def _known() -> list[tuple[str, str, list[tuple[int, int]]]]:
+    """What the ledger says of processes that may have lost their environment."""
+    from trinfer.process.ledger import entries, living
+
+    return [(entry.run, entry.server, living(entry)) for _, entry in entries()]
 
 
 def _signal(trees: Sequence[Tree], number: signal.Signals) -> None:
     from trinfer.process.identity import is_alive, read_marks
 
+    seen = {(run, server, pid) for run, server, processes in _known() for pid, _ in processes}
     for tree in trees:
         for pid in tree.pids:
             with contextlib.suppress(OSError):  # it has gone meanwhile
                 handle = os.pidfd_open(pid)
                 try:
                     gone = bool(select.select([handle], [], [], 0)[0])
-                    if not gone and read_marks(pid) == (tree.run, tree.server) and is_alive(tree.run) is False:
+                    ours = read_marks(pid) == (tree.run, tree.server) or (tree.run, tree.server, pid) in seen
+                    if not gone and ours and is_alive(tree.run) is False:
                         signal.pidfd_send_signal(handle, number)
                         signal.pidfd_send_signal(handle, signal.SIGCONT)
                 finally:

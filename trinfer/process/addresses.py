@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import random
@@ -49,7 +50,8 @@ def runtime_dir() -> Path:
     Raises:
         ConfigError: it cannot be made, belongs to somebody else, or others have access to it.
     """
-    path = Path(os.environ.get(RUNTIME_VARIABLE) or f"/tmp/trinfer-{os.getuid()}")  # checked below
+    # Absolute: engines may work in another folder. Checked below.
+    path = Path(os.environ.get(RUNTIME_VARIABLE) or f"/tmp/trinfer-{os.getuid()}").absolute()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()
@@ -104,9 +106,14 @@ def lease_port(*, host: str, rank: int = 0, avoid: Collection[int] = ()) -> Port
         lock = _try_lock(locks / f"{port}.lock")
         if lock is None:
             continue
-        if _is_free(host, port):
+        is_free = False
+        try:
+            is_free = _is_free(host, port)
+        finally:
+            if not is_free:
+                os.close(lock)
+        if is_free:
             return PortLease(port, lock)
-        os.close(lock)
     raise ServerError(
         f"no free port was found: {SCANNED} were tried",
         cause="other programs hold them, or many engines are starting at once",
@@ -159,7 +166,12 @@ def _is_free(host: str, port: int) -> bool:
                 probe.bind((address, port))
             except socket.gaierror:  # a name that cannot be resolved here: the engine will say so better
                 continue
-            except OSError:
+            except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:
+                    raise ConfigError(
+                        f"this machine has no address {address}: allowed as host are its own addresses",
+                        advice="set InferenceConfig.host to 127.0.0.1, 0.0.0.0, or an address that `ip addr` shows",
+                    ) from error
                 return False
     return True
 

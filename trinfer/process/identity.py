@@ -11,6 +11,10 @@ from __future__ import annotations
 import os
 import secrets
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = ["RUN_VARIABLE", "SERVER_VARIABLE", "Tree", "find_trees", "is_alive", "new_marker", "run_id", "start_time"]
 
@@ -59,8 +63,12 @@ class Tree:
     pids: list[int] = field(default_factory=list)
 
 
-def find_trees() -> list[Tree]:
+def find_trees(known: Iterable[tuple[str, str, Iterable[tuple[int, int]]]] = ()) -> list[Tree]:
     """Every server of this user on this host, as the environments of its processes tell.
+
+    Args:
+        known: run, server, and pids with start times of processes that were seen before: some lose their environment
+            when they give themselves another name.
 
     Processes of other pid namespaces (containers) are left out: their owners cannot be looked up from here. Empty
     where there is no /proc.
@@ -81,6 +89,12 @@ def find_trees() -> list[Tree]:
         except OSError:
             continue
         trees.setdefault(marks, Tree(*marks)).pids.append(int(name))
+    for run, server, processes in known:
+        for pid, started in processes:
+            if start_time(pid) == started:
+                tree = trees.setdefault((run, server), Tree(run, server))
+                if pid not in tree.pids:
+                    tree.pids.append(pid)
     return list(trees.values())
 
 

@@ -1,7 +1,7 @@
 """The ledger: one small file for each server that runs on this host, so that others can see it.
 
-Rules: it is a help, never a need. No server fails because its entry cannot be written, and no process is ended because
-of what an entry says: who owns what is looked up in /proc.
+Rules: it is a help, never a need. No server fails because its entry cannot be written. A process is ended because of an
+entry only if its start time is the one that the entry names, and its owner's is not.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import contextlib
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from trinfer.errors import ConfigError
 from trinfer.process.addresses import runtime_dir
+from trinfer.process.identity import is_alive, start_time
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Entry", "Ledger", "entries"]
+__all__ = ["Entry", "Ledger", "entries", "living"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Entry:
         log: file with the engine's output; empty without one.
         started_at: when the server was entered, in seconds since the epoch.
         restarts, requests: so far; requests are written down every few seconds.
+        processes: pid and start time of each of the engine's processes, as seen now and then.
     """
 
     server: str
@@ -49,6 +51,7 @@ class Entry:
     started_at: float
     restarts: int = 0
     requests: int = 0
+    processes: list[list[int]] = field(default_factory=list)
 
 
 # What a damaged or strange file may hold instead ends no command.
@@ -56,6 +59,7 @@ KINDS: dict[str, Any] = {
     **dict.fromkeys(("server", "run", "engine", "model", "state", "address", "log"), str),
     **dict.fromkeys(("rank", "restarts", "requests"), int),
     "started_at": (int, float),
+    "processes": list,
 }
 
 
@@ -91,12 +95,25 @@ class Ledger:
             with contextlib.suppress(OSError, NameError):
                 unfinished.unlink(missing_ok=True)
 
+    def sweep(self) -> None:
+        """Remove entries of owners that have gone, and of whose engines nothing is left."""
+        with contextlib.suppress(OSError, ConfigError):
+            for path, entry in entries():
+                if is_alive(entry.run) is False and not living(entry):
+                    path.unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Idempotent."""
         path, self._written = self._written, None
         if path is not None:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def living(entry: Entry) -> list[tuple[int, int]]:
+    """Pid and start time of those of an entry's processes that still live."""
+    pairs = [(each[0], each[1]) for each in entry.processes if isinstance(each, list) and len(each) == 2]
+    return [(pid, started) for pid, started in pairs if isinstance(pid, int) and start_time(pid) == started]
 
 
 def entries() -> list[tuple[Path, Entry]]:

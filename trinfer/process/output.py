@@ -12,9 +12,12 @@ import contextlib
 import logging
 import os
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
+
+from trinfer.process import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,6 +152,7 @@ class EngineLog:
 
     # -- file -----------------------------------------------------------------------------------------------------
 
+    @trio.lowlevel.enable_ki_protection
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Write to the file what `feed` brings, in a thread, until `aclose`.
 
@@ -172,7 +176,10 @@ class EngineLog:
                 if not chunks:
                     continue
                 try:
-                    await trio.to_thread.run_sync(self._write, self.path, b"".join(chunks))
+                    # A disk that hangs is not waited for when the server is left; the thread that hangs there with it
+                    # is the last that is started.
+                    write = partial(self._write, self.path, b"".join(chunks))
+                    await threads.run_sync(write, abandon_on_cancel=True)
                     self._trouble = ""
                 except OSError as error:
                     self._lost += size

@@ -17,11 +17,12 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from trinfer.process import guard
+from trinfer.process.identity import start_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ GUARD = Path(guard.__file__)
 CHUNK = 65536  # a pipe's capacity
 MARGIN = 3.0  # seconds that a guard may take beyond grace and kill time before it counts as stuck itself
 LAST_OUTPUT = 0.5  # seconds to wait for the end of output once the tree is gone
+LOOKS = 0.02  # seconds between two looks for a guard whose pipe does not end
 SWEEP = 5.0  # seconds to hunt for marked processes when the guard itself was killed
 
 
@@ -101,6 +103,8 @@ class GuardedProcess:
         self._marker = dict(marker)
         self._grace = grace
         self._inner_pid = 0
+        self._known: dict[int, int] = {}  # pids of the tree so far, and when each was started
+        self._start_settled = trio.Event()  # there is a process, or there will be none
         self._spawned = trio.Event()
         self._engine_exited = trio.Event()
         self._gone = trio.Event()
@@ -135,7 +139,22 @@ class GuardedProcess:
 
     def tree(self) -> list[int]:
         """Pids of all living processes of the engine, those of the guard excluded."""
-        return guard.descendants(self._inner_pid) if self._inner_pid and not self._gone.is_set() else []
+        if not self._inner_pid or self._gone.is_set():
+            return []
+        pids = guard.descendants(self._inner_pid)
+        for pid in pids:
+            if pid not in self._known and (started := start_time(pid)) is not None:
+                self._known[pid] = started
+        return pids
+
+    def known(self) -> list[tuple[int, int]]:
+        """Pid and start time of every process of the engine that was ever seen and still lives.
+
+        An engine may overwrite the memory that holds its environment, and with it the marker, when it gives itself
+        another name (setproctitle, as vLLM does): such processes are known by having been seen.
+        """
+        self._known = {pid: started for pid, started in self._known.items() if start_time(pid) == started}
+        return list(self._known.items())
 
     # -- for run_guarded only -----------------------------------------------------------------------------------
 
@@ -157,6 +176,7 @@ class GuardedProcess:
         elif word == "ended":
             self._ended = True
 
+    @trio.lowlevel.enable_ki_protection
     async def _deliver_cancel(self, process: trio.Process) -> None:
         """trio's way to end a process; it is cancelled when the guard has ended."""
         self.process = process
@@ -164,6 +184,10 @@ class GuardedProcess:
         await trio.sleep(self._grace + guard.KILL_WAIT + MARGIN)
         self._kill_guard()
 
+    def _is_inner_alive(self) -> bool:
+        return bool(self._inner_pid) and start_time(self._inner_pid) is not None
+
+    @trio.lowlevel.enable_ki_protection
     async def _watch_guard(self) -> None:
         """Outer has gone, so inner must soon; a stuck one (stopped, say) would keep its owner waiting for ever."""
         with self._stuck:
@@ -172,11 +196,26 @@ class GuardedProcess:
             self._kill_guard()
 
     def _kill_guard(self) -> None:
-        """The guard is stuck (stopped by SIGSTOP, say): what it owns is then found by the marker."""
-        for pid in (self.process.pid, self._inner_pid):
-            if pid:
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
+        """The guard is stuck (stopped by SIGSTOP, say): what it owns is then found by the marker, or is known."""
+        self.tree()  # seen now, before nobody owns it
+        # Both of its own processes carry the marker too, also where the inner one has not told its pid yet.
+        for pid in {*marked_processes(self._marker), *guard.descendants(self.process.pid), self._inner_pid} - {0}:
+            _kill(pid)
+        _kill(self.process.pid)
+
+    async def _until_over(self, listening: trio.CancelScope) -> None:
+        """End the listening when the guard is gone, also where the pipe does not end.
+
+        Whatever this process forks between the making of the pipe and the start of the guard holds the pipe open: the
+        pool of workers that prepares data while the engine loads, for instance.
+        """
+        await self._start_settled.wait()
+        if hasattr(self, "process"):
+            await self.process.wait()
+            while not self._ended and self._error is None and self._is_inner_alive():  # noqa: ASYNC110
+                await trio.sleep(LOOKS)  # a process that is not our child tells nobody
+        await trio.sleep(LOOKS)  # what is in the pipe is heard
+        listening.cancel()
 
     async def _finish(self) -> None:
         """The status pipe has ended: both processes of the guard are gone."""
@@ -193,16 +232,30 @@ class GuardedProcess:
         self._stuck.cancel()
 
     async def _sweep(self) -> None:
-        """The guard was killed: end all that carries the marker."""
+        """The guard was killed: end all that carries the marker, was ever seen, or descends from it."""
         give_up = trio.current_time() + SWEEP
-        while pids := marked_processes(self._marker):
+        while pids := self._left():
             for pid in pids:
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
+                _kill(pid)
             if trio.current_time() > give_up:
                 self._survivors.extend(Survivor(pid, "?", "") for pid in pids)
                 return
             await trio.sleep(0.01)
+
+    def _left(self) -> set[int]:
+        """What still lives of the engine, told without its guard."""
+        roots = {*marked_processes(self._marker), *(pid for pid, _ in self.known())}
+        for pid in tuple(roots):
+            for child in guard.descendants(pid):
+                if (started := start_time(child)) is not None:
+                    self._known[child] = started
+                    roots.add(child)
+        return roots
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def guard_program() -> str:
@@ -270,22 +323,26 @@ async def run_guarded(
     Cancelled: the tree is ended, shielded, within the grace period and some seconds, and nothing is left.
     """
     with contextlib.ExitStack() as stack:
-        guard_lifeline, lifeline = os.pipe()
-        stack.callback(os.close, lifeline)
-        os.set_blocking(lifeline, False)
-        status_out, status_in = os.pipe()
-        status = trio.lowlevel.FdStream(status_out)
-        stack.callback(status.close)
-        output_out, output_in = os.pipe()
-        output = trio.lowlevel.FdStream(output_out)
-        stack.callback(output.close)
         guards_ends = stack.enter_context(contextlib.ExitStack())
-        for fd in (guard_lifeline, status_in, output_in):
-            guards_ends.callback(os.close, fd)
+        try:
+            guard_lifeline, lifeline = os.pipe()
+            stack.callback(os.close, lifeline)
+            guards_ends.callback(os.close, guard_lifeline)
+            os.set_blocking(lifeline, False)
+            status_out, status_in = os.pipe()
+            guards_ends.callback(os.close, status_in)
+            status = trio.lowlevel.FdStream(status_out)
+            stack.callback(status.close)
+            output_out, output_in = os.pipe()
+            guards_ends.callback(os.close, output_in)
+            output = trio.lowlevel.FdStream(output_out)
+            stack.callback(output.close)
+        except OSError as error:
+            raise SpawnError(command[0], error.errno or errno.EIO) from error
 
         guarded = GuardedProcess(lifeline, marker, grace)
         start = partial(
-            trio.run_process,
+            _run_process,
             [
                 *(sys.executable, "-I", "-S", guard_program()),
                 *("--owner", str(os.getpid()), "--lifeline", str(guard_lifeline)),
@@ -301,17 +358,18 @@ async def run_guarded(
             cwd=cwd,
             deliver_cancel=guarded._deliver_cancel,
         )
-        failure: OSError | None = None
+        failure: Exception | None = None
         pumping = trio.CancelScope(shield=True)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_pump, output, on_output, pumping)
             try:
                 guarded.process = await nursery.start(start)
-            except OSError as error:
+            except Exception as error:  # of the system, or of Popen about what it was given
                 failure = error
             finally:
                 # The ends of the guard: while we hold them, we would not see that it has closed its own.
                 guards_ends.close()
+                guarded._start_settled.set()
                 nursery.start_soon(_listen, status, guarded, pumping)
             if failure is None:
                 nursery.start_soon(guarded._watch_guard)
@@ -320,13 +378,21 @@ async def run_guarded(
                     task_status.started(guarded)
         guarded._lifeline = None
         if failure is not None:
-            raise SpawnError(command[0], failure.errno or errno.EIO, str(failure)) from failure
+            number = failure.errno if isinstance(failure, OSError) else None
+            raise SpawnError(command[0], number or errno.EINVAL, str(failure)) from failure
         if not guarded.engine_pid:
             raise SpawnError(command[0], guarded._error or 0)
         assert guarded.exit is not None
         return guarded.exit
 
 
+@trio.lowlevel.enable_ki_protection
+async def _run_process(*args: Any, task_status: trio.TaskStatus[trio.Process], **options: Any) -> None:  # noqa: ANN401  # trio's
+    """`trio.run_process`, out of Ctrl-C's reach: an interrupt in the midst of it would lose the process."""
+    await trio.run_process(*args, task_status=task_status, **options)
+
+
+@trio.lowlevel.enable_ki_protection
 async def _pump(output: trio.lowlevel.FdStream, on_output: Callable[[bytes], None], scope: trio.CancelScope) -> None:
     """Read whatever comes, for as long as anybody may write."""
     with scope:
@@ -334,14 +400,18 @@ async def _pump(output: trio.lowlevel.FdStream, on_output: Callable[[bytes], Non
             on_output(chunk)
 
 
+@trio.lowlevel.enable_ki_protection
 async def _listen(status: trio.lowlevel.FdStream, guarded: GuardedProcess, pumping: trio.CancelScope) -> None:
     """Hear the guard out. Its end is certain: it is bounded itself, and `_deliver_cancel` bounds it from here."""
     with trio.CancelScope(shield=True):
         buffer = b""
-        while chunk := await status.receive_some(4096):
-            *lines, buffer = (buffer + chunk).split(b"\n")
-            for line in lines:
-                guarded._hear(line.decode("utf-8", "replace"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(guarded._until_over, nursery.cancel_scope)
+            while chunk := await status.receive_some(4096):
+                *lines, buffer = (buffer + chunk).split(b"\n")
+                for line in lines:
+                    guarded._hear(line.decode("utf-8", "replace"))
+            nursery.cancel_scope.cancel()
         await guarded._finish()
         # What survived everything may hold the pipe open for ever.
         pumping.deadline = trio.current_time() + LAST_OUTPUT

@@ -7,7 +7,9 @@ exception out: they turn it into the attempt's verdict, which the owner of the a
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +80,10 @@ class Attempt:
             self._lease.release()
             self._lease = None
         while self._releases:
-            self._releases.pop()()
+            try:
+                self._releases.pop()()
+            except Exception:  # one mistake shall not keep the others from being released
+                logger.exception("a callback of release_with_attempt has failed")
 
     def owns_port(self, *, own_pid: int) -> bool | None:
         """Whether all who listen on the port belong to this attempt; None where that cannot be told."""
@@ -114,16 +119,13 @@ class Attempt:
         Cancelled: the process is gone, or never was.
         """
         assert self._nursery is not None
+        _check(command, env or {})
         try:
             guarded: GuardedProcess = await self._nursery.start(
                 partial(self._run_process, list(command), {**self._env, **(env or {})}, cwd)
             )
         except SpawnError as error:
-            raise FinalFailure(
-                f"the engine's program {command[0]!r} could not be started: {error}",
-                cause="it is not installed, not on PATH, or not executable",
-                advice="install the engine, or set InferenceConfig.executable to its program",
-            ) from error
+            raise _not_started(str(command[0]), error, cwd) from error
         self.processes.append(guarded)
         return guarded
 
@@ -207,6 +209,11 @@ class Attempt:
             for guarded in self.processes:
                 await guarded.wait()
 
+    def known_processes(self) -> list[tuple[int, int]]:
+        """Pid and start time of every process of the attempt that lives now."""
+        self.remember_processes()
+        return [each for guarded in self.processes for each in guarded.known()]
+
     def remember_processes(self) -> None:
         """Note the pids of now, for a look at what they hold when they are gone."""
         for guarded in self.processes:
@@ -234,6 +241,53 @@ class Attempt:
         finally:
             self._nursery = None
             self._release()
+
+
+# What is wrong with the program itself; the same start would fail again.
+NO_PROGRAM = {errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.ELOOP, errno.EPERM}
+SCARCE = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC}
+
+
+def _not_started(program: str, error: SpawnError, cwd: str | None) -> ServerError:
+    what = f"the engine's program {program!r} could not be started: {error}"
+    if error.errno in SCARCE:
+        return ServerError(
+            what,
+            cause="this process or the machine is short of file descriptors, processes or memory",
+            advice="look at ulimit -a, the limits of the cgroup, and what else runs here",
+        )
+    if cwd is not None and error.errno in NO_PROGRAM and not os.path.isdir(cwd):
+        return FinalFailure(what, cause=f"its working directory {cwd!r} does not exist", advice="make it first")
+    if error.errno == errno.E2BIG:
+        return FinalFailure(what, cause="command and environment are too long", advice="put long values into files")
+    if error.errno in NO_PROGRAM:
+        return FinalFailure(
+            what,
+            cause="it is not installed, not on PATH, or not executable",
+            advice="install the engine, or set InferenceConfig.executable to its program",
+        )
+    return ServerError(what)
+
+
+def _check(command: Sequence[str], env: Mapping[str, str]) -> None:
+    """What could not be executed is told before it is tried.
+
+    Raises:
+        FinalFailure: the command or the environment holds something else than texts.
+    """
+    if not command:
+        raise FinalFailure("spawn() was called with an empty command", advice="give a program and its arguments")
+    words: list[tuple[str, object]] = [(f"argument {number}", word) for number, word in enumerate(command)]
+    for name, value in env.items():
+        words += [(f"the name of environment variable {name!r}", name), (f"environment variable {name!r}", value)]
+    for where, word in words:
+        if not isinstance(word, str | bytes | os.PathLike):
+            raise FinalFailure(
+                f"spawn(): {where} is {word!r}, a {type(word).__name__}",
+                advice="give texts: str(self.port), for instance",
+            )
+        if "\0" in os.fsdecode(word):
+            raise FinalFailure(f"spawn(): {where} holds a NUL byte: {word!r}")
 
 
 class _Started:

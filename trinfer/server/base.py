@@ -43,6 +43,7 @@ __all__ = ["InferenceServer"]
 
 logger = logging.getLogger(__name__)
 
+LAUNCH = 0.5  # seconds that entering waits for the engine to be executed, most often some 30 ms
 CLEANUP_MARGIN = 10.0  # seconds beyond the grace period after which cleaning up is given up and reported
 LOG_FLUSH = 5.0  # seconds for the last lines to reach the disk
 DRAIN_LOOKS = 0.02  # seconds between two looks whether a drain is over
@@ -320,6 +321,10 @@ class InferenceServer(RequestSurface, abc.ABC):
                 # A worker node has no server to talk to. The reference yields None there; the type stays simple for
                 # the many users who have one node only.
                 return cast("Self", None)
+            # The engine is executed before the body begins, which may not give way for a while: a body that prepares
+            # data without a checkpoint would keep it from loading meanwhile.
+            with trio.move_on_after(LAUNCH):
+                await self._supervisor.launched.wait()
         except BaseException as error:
             if self._nursery is not None:
                 await self._leave(error)
@@ -368,7 +373,8 @@ class InferenceServer(RequestSurface, abc.ABC):
         except BaseExceptionGroup as group:
             rest = group.split(trio.Cancelled)[1]
             if rest is not None:
-                raise _only(rest) from error
+                interrupted = rest.subgroup(KeyboardInterrupt)
+                raise _only(rest) if interrupted is None else KeyboardInterrupt() from error
             if error is None:
                 raise
         if interrupt is not None:

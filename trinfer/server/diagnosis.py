@@ -97,13 +97,25 @@ def _diagnosis(pattern: Pattern, match: re.Match[str], line: str) -> Diagnosis:
     return Diagnosis(pattern.name, pattern.cause, advice, pattern.kind, line, pattern.is_symptom)
 
 
-def is_port_in_use(text: str) -> bool:
+def is_port_in_use(text: str, port: int | None = None) -> bool:
     """Whether an engine says in this piece of output that its port is taken, and does not look for another itself.
+
+    Args:
+        port: which one. Lines that name another one are about something else: an exporter of metrics, say.
 
     Cheap, since it is used on all output while an engine starts.
     """
     if "in use" not in text and "EADDRINUSE" not in text and "bind" not in text:
         return False
     return any(
-        _PORT_IN_USE.search(line) is not None and _PORT_RETRIED.search(line) is None for line in text.splitlines()
+        _PORT_IN_USE.search(line) is not None
+        and _PORT_RETRIED.search(line) is None
+        and _NO_ERROR.match(line) is None
+        and (port is None or not (named := _named_ports(line)) or port in named)
+        for line in text.splitlines()
     )
+
+
+def _named_ports(line: str) -> set[int]:
+    """What may be ports in a line: numbers of four and five digits that stand by themselves or after a colon."""
+    return {int(number) for number in re.findall(r"(?<![\w.\[-])(?:[\w.\[\]-]*:)?(\d{4,5})(?![\w.-]|:\d)", line)}

@@ -25,7 +25,8 @@ class Events:
     def __init__(self, lifecycle: Lifecycle) -> None:
         self._waiting: deque[Transition] = deque()
         self._news = trio.Event()
-        self._over = False
+        # Made after the end of a life, it has nothing to tell.
+        self._over = lifecycle.state is ServerState.STOPPED and lifecycle.attempt > 0
         ref = weakref.ref(self)
 
         def hear(transition: Transition) -> None:

@@ -82,7 +82,7 @@ class InFlight:
                     history=deaths,
                 ) from error
             with trio.move_on_at(deadline):
-                await self._lifecycle.wait_ready()
+                await self._lifecycle.wait_ready(accepted=True)
                 sent_in = self._lifecycle.attempt
                 try:
                     return await send(deadline - trio.current_time())
@@ -146,7 +146,7 @@ class ServerStream:
 
     def __init__(
         self,
-        begin: Callable[[float], Awaitable[JsonStream]],
+        begin: Callable[[float, bool], Awaitable[JsonStream]],
         in_flight: InFlight,
         lifecycle: Lifecycle,
         payload: Mapping[str, Any],
@@ -159,27 +159,39 @@ class ServerStream:
         self._timeout = timeout
         self._sent_in = 0
         self._stream: JsonStream | None = None
+        self._is_counted = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> dict[str, Any]:
         """The next chunk. Cancelled: the connection is closed."""
+        if not self._is_counted and self._stream is None:
+            self._is_counted = True
+            self._in_flight.count += 1
+        try:
+            return await self._next()
+        except BaseException:  # the end of the stream, too
+            self._uncount()
+            raise
+
+    async def _next(self) -> dict[str, Any]:
         stream = self._stream
         if stream is not None and stream.at_hand:
             return await stream.__anext__()
         try:
             if stream is None:
-                return await self._first(self._timeout)
+                return await self._first(self._timeout, accepted=False)
             return await stream.__anext__()
         except InferenceError as error:
             if self._stream is not None and self._stream.received:
                 raise await self._too_late(error, self._stream.received) from error
             return await self._in_flight.replay(error, self._sent_in, self._first, self._payload)
 
-    async def _first(self, timeout: float) -> dict[str, Any]:
-        self.close()
-        self._stream = await self._begin(timeout)
+    async def _first(self, timeout: float, *, accepted: bool = True) -> dict[str, Any]:
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = await self._begin(timeout, accepted)
         self._sent_in = self._lifecycle.attempt
         return await self._stream.__anext__()
 
@@ -196,8 +208,17 @@ class ServerStream:
 
     def close(self) -> None:
         """End the stream; one that is not complete closes its connection. Idempotent, and does not wait."""
+        self._uncount()
         if self._stream is not None:
             self._stream.close()
+
+    def _uncount(self) -> None:
+        if self._is_counted:
+            self._is_counted = False
+            self._in_flight.count -= 1
+
+    def __del__(self) -> None:
+        self._uncount()
 
     async def __aenter__(self) -> Self:
         return self

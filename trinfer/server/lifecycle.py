@@ -203,15 +203,20 @@ class Lifecycle:
 
     # -- waiting ----------------------------------------------------------------------------------------------
 
-    async def wait_ready(self) -> None:
+    async def wait_ready(self, *, accepted: bool = False) -> None:
         """Return once the server is ready, over as many start attempts as it takes.
+
+        Args:
+            accepted: for a request that was accepted before: it gets its turn also while the server drains.
 
         Raises:
             ServerError: it failed, was stopped or drains. Each waiter gets an error of its own with the same content.
 
         Cancelled: nothing is left behind.
         """
-        if self._drain_reason is None or self._leaving:  # else: who waited before the drain still gets a turn
+        if (
+            accepted or self._drain_reason is None or self._leaving
+        ):  # else: who waited before the drain still gets a turn
             while self._state in COMING and not self._leaving:
                 await self._attempt.settled.wait()
             if self._state in SERVING and not self._leaving:

@@ -53,6 +53,7 @@ class Link:
 
     async def models(self) -> tuple[int, bytes]:
         """Status and body of ``GET /v1/models``; status 0 where nothing answers."""
+        self.last_look = f"GET {self.origin.url}{READINESS_PATH}: no complete answer yet"
         try:
             status, body = await self._control.get(READINESS_PATH, timeout=PROBE_TIMEOUT)
         except InferenceError as error:
@@ -96,16 +97,15 @@ def reachable(host: str) -> str:
 def is_ours(attempt: Attempt, body: bytes, *, model: str, own_pid: int) -> bool | None:
     """Whether the server that gave ``body`` for ``/v1/models`` is the attempt's engine; None where it cannot be told.
 
-    The proof is the listening socket, which belongs to a process of the attempt; or else the model's name, for engines
-    whose processes are not ours (containers, say).
+    The proof is the listening socket, which belongs to a process of the attempt. Engines whose sockets belong to others
+    (those in containers) have to say themselves when they are ready: they override `is_ready`.
     """
     if attempt.port is None:
         return True  # a socket in a private folder: nobody else knows of it
     owned = attempt.owns_port(own_pid=own_pid)
-    if owned:
-        return True
+    if owned is not None:
+        return owned
+    # Nothing tells whose the socket is (no /proc, as on macOS, or processes of another user): the name has to do, and
+    # a server that gives none, or was asked for none, too.
     names = served_models(body)
-    if model and model in names:
-        return True
-    # No /proc to look into (macOS): then a server that gives no name, or was asked for none, has to do.
-    return (not names or not model) or None if owned is None else False
+    return (bool(model) and model in names) or (not names or not model) or None

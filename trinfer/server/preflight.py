@@ -43,6 +43,14 @@ class Finding:
     advice: str = ""
 
 
+def _exists(path: str) -> bool:
+    """Whether there is such a path; what cannot be one (too long, no permission) is not there."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
 def preflight(config: InferenceConfig, *, nodes: int = 1) -> list[Finding]:
     """The checks that cost next to nothing; ``nodes`` share the engine's GPUs."""
     return [*_check_model(config), *_check_gpu_count(config, nodes)]
@@ -68,11 +76,11 @@ def _check_model(config: InferenceConfig) -> Iterator[Finding]:
     if config.server_type not in NEEDS_MODEL:
         return
     if _is_path(model):
-        if Path(model).expanduser().exists():
+        if _exists(model):
             yield Finding("ok", f"the model {model} is there")
         else:
             yield Finding("error", f"the model {model} does not exist on this machine", "check model_name_or_path")
-    elif not Path(model).exists() and not _HUB_NAME.fullmatch(model):
+    elif not _exists(model) and not _HUB_NAME.fullmatch(model):
         yield Finding("warning", f"{model!r} is neither a path that exists nor a name as the Hugging Face hub has them")
 
 
@@ -118,7 +126,7 @@ def _check_program(program: str | None) -> Iterator[Finding]:
 
 def _check_hub(config: InferenceConfig) -> Iterator[Finding]:
     model = config.model_name_or_path
-    if config.server_type not in NEEDS_MODEL or _is_path(model) or Path(model).exists():
+    if config.server_type not in NEEDS_MODEL or _is_path(model) or _exists(model):
         return
     name = model.partition(":")[0].replace("/", "--")
     environ = {**os.environ, **config.env}

@@ -57,12 +57,14 @@ class Registration:
     def hear(self, transition: Transition) -> None:
         if transition.before is ServerState.STOPPED:
             self._started_at = time.time()
+            self._ledger.sweep()
         if transition.after is ServerState.STOPPED:
             self._last = None
             self._ledger.remove()
         else:
             self._write()
 
+    @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
         """Write down now and then how many requests there were, until cancelled."""
         while True:
@@ -85,6 +87,7 @@ class Registration:
             started_at=self._started_at,
             restarts=server.restarts,
             requests=server.requests_accepted,
+            processes=[] if attempt is None else sorted(map(list, attempt.known_processes())),
         )
         if entry != self._last:
             self._last = entry

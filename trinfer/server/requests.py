@@ -197,9 +197,12 @@ class RequestSurface:
         if self._lifecycle.state is not ServerState.READY:
             await self.wait_ready()
 
-    async def _open_stream(self, payload: Mapping[str, Any], timeout: float) -> JsonStream:
-        self._in_flight.total += 1
-        await self._until_ready()
+    async def _open_stream(self, payload: Mapping[str, Any], timeout: float, accepted: bool) -> JsonStream:
+        if not accepted:
+            self._in_flight.total += 1
+            await self._until_ready()
+        elif self._lifecycle.state is not ServerState.READY:
+            await self._lifecycle.wait_ready(accepted=True)
         return self._link().api.stream_json(self.route, self._complete(payload), timeout=timeout)
 
     def _link(self) -> Link:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from trinfer.errors import ServerError
+from trinfer.process import threads
 from trinfer.process.activity import cpu_seconds, io_bytes
 from trinfer.server.attempt import PortTaken
 from trinfer.server.diagnosis import is_port_in_use
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 KEY_REFUSED = frozenset({401, 403})
 NO_SUCH_ROUTE = frozenset({404, 405})
 EXTENSION = 60.0  # seconds without progress after which a start that is over its deadline is given up
+LATE = 0.5  # seconds by which a wake-up tells that the event loop was blocked
+SECOND_LOOK = 2.0  # seconds that a start gets then
 LOOKS = 20  # for signs of life, per start_stall_timeout
 
 
@@ -77,7 +80,7 @@ class StartWatch:
         if phase is not None:
             logger.info("%s: %s, %.0f s after the start", self._server.name, phase.name, phase.began)
         attempt = self._attempt
-        if attempt.port is not None and is_port_in_use(text):
+        if attempt.port is not None and is_port_in_use(text, attempt.port):
             attempt.fail(PortTaken(f"{self._server.name}: port {attempt.port} is in use, says the engine"))
 
     async def wait(self, link: Link) -> None:
@@ -146,6 +149,9 @@ class StartWatch:
                     )
                 wake = min(wake, now + stall / LOOKS)
             await trio.sleep_until(wake)
+            if trio.current_time() - wake > LATE:
+                # The event loop was blocked, and nobody could look at the engine: it shall not pay for that.
+                deadline, alive_at = max(deadline, trio.current_time() + SECOND_LOOK), trio.current_time()
 
     async def _life(self) -> tuple[float | None, int | None]:
         """CPU and I/O of the engine's processes, in a thread, since it reads a good part of /proc."""
@@ -154,7 +160,7 @@ class StartWatch:
             pids = [pid for guarded in tuple(self._attempt.processes) for pid in guarded.tree()]
             return cpu_seconds(pids), io_bytes(pids)
 
-        return await trio.to_thread.run_sync(read)
+        return await threads.run_sync(read)
 
     def _where(self, link: Link) -> str:
         known = [text for text in (self.progress.describe(), link.last_look) if text]
@@ -186,9 +192,7 @@ class StartWatch:
         if not server.is_local:
             return True
         # In a thread, since it reads a good part of /proc.
-        ours = await trio.to_thread.run_sync(
-            partial(is_ours, attempt, body, model=server.config.model, own_pid=os.getpid())
-        )
+        ours = await threads.run_sync(partial(is_ours, attempt, body, model=server.config.model, own_pid=os.getpid()))
         if ours is False:
             raise PortTaken(f"{server.name}: another program answers on port {attempt.port}")
         return bool(ours)
@@ -196,7 +200,7 @@ class StartWatch:
     async def _is_certainly_ours(self) -> bool:
         if not self._server.is_local or self._attempt.port is None:
             return True
-        owned = await trio.to_thread.run_sync(partial(self._attempt.owns_port, own_pid=os.getpid()))
+        owned = await threads.run_sync(partial(self._attempt.owns_port, own_pid=os.getpid()))
         return owned is True
 
     def _new_nudge(self) -> trio.Event:

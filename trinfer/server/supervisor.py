@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from trinfer.errors import ServerError, TrinferError
+from trinfer.process import threads
 from trinfer.process.identity import new_marker
 from trinfer.server.attempt import Attempt, FinalFailure, PortTaken
 from trinfer.server.diagnosis import diagnose, is_port_in_use
@@ -74,6 +75,7 @@ class Supervisor:
         reports: of the attempts that have failed, oldest first.
         marker: environment variables of all its processes.
         restarts: how often the engine was started again after it had been ready.
+        launched: the first attempt has executed the engine, or has failed.
     """
 
     def __init__(self, server: Supervised, lifecycle: Lifecycle) -> None:
@@ -90,6 +92,7 @@ class Supervisor:
         self.start: StartWatch | None = None
         self.found_model = ""
         self.reports: list[CrashReport] = []
+        self.launched = trio.Event()
 
     @property
     def restarts(self) -> int:
@@ -236,6 +239,7 @@ class Supervisor:
             limit = server.config.server_start_timeout_sec
             with trio.move_on_after(limit) as spawning:
                 await server.start_server()
+            self.launched.set()
             if spawning.cancelled_caught:
                 return ServerError(
                     f"{server.name}: spawning the engine took more than {limit:g} s (server_start_timeout_sec)"
@@ -255,6 +259,7 @@ class Supervisor:
             failure = ServerError(f"{server.name}: starting failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
         finally:
+            self.launched.set()
             start.close()
         return None if server.node.is_worker and failure.returncode == 0 else failure
 
@@ -267,7 +272,7 @@ class Supervisor:
         check = partial(preflight, self._server.config, nodes=self._server.node.count)
         # In a thread: a file system may hang. The limit is that of the spawn, which comes next.
         with trio.move_on_after(self._server.config.server_start_timeout_sec):
-            for finding in await trio.to_thread.run_sync(check, abandon_on_cancel=True):
+            for finding in await threads.run_sync(check, abandon_on_cancel=True):
                 if finding.level == "error":
                     raise FinalFailure(f"{self._server.name}: {finding.what}", advice=finding.advice)
 
@@ -303,7 +308,7 @@ class Supervisor:
                 if (
                     not ready
                     and attempt.port is not None
-                    and any(map(is_port_in_use, self._server.log.tail(SHOWN_TAIL)))
+                    and any(is_port_in_use(line, attempt.port) for line in self._server.log.tail(SHOWN_TAIL))
                 ):
                     return PortTaken(f"{name}: port {attempt.port} is in use", returncode=guarded.exit.returncode)
                 return ServerError(
@@ -323,6 +328,7 @@ class Supervisor:
             return
         self.found_model = start.found_model
         self._was_ready = True
+        self._ports.clear()  # of this start; another begins anew
         self._lifecycle.ready()
         attempt.remember_processes()
         watch = self._server.health_watch(attempt, link)
