@@ -356,6 +356,7 @@ def main() -> int:
     rows = compare(arguments.in_flight, arguments.clients, arguments.rounds, arguments.seconds)
     if arguments.out:
         folder = Path(arguments.out)
+        folder.mkdir(parents=True, exist_ok=True)
         about = f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, {versions()}."
         (folder / "request_path.md").write_text(markdown(rows, about))
         (folder / "request_path.svg").write_text(svg(rows))

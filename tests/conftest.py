@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
+    from xdist.remote import Producer
+    from xdist.scheduler import Scheduling
+
 pytest_plugins = ["pytester"]
 
 os.environ[leaks.VARIABLE] = secrets.token_hex(8)
@@ -43,8 +46,14 @@ for _number, _action in (
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("dev", max_examples=50, **_common)
 settings.register_profile("ci", max_examples=200, print_blob=True, **_common)
-settings.register_profile("deep", max_examples=10_000, verbosity=Verbosity.normal, **_common)
+settings.register_profile(
+    "deep", max_examples=int(os.environ.get("TRINFER_EXAMPLES", "10000")), verbosity=Verbosity.normal, **_common
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+# With `-n 2`, a second process runs the tests of these folders. They take long, and do not look at the clock; most
+# that do, those of processes and servers, come when it is done.
+BESIDE = {"engines"}
 
 
 @pytest.fixture
@@ -57,6 +66,23 @@ def small_disk(tmp_path: Path) -> Generator[Path, None, None]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=True)
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Real engines come last: in CI they are installed beside the other tests."""
+    items.sort(key=lambda item: item.get_closest_marker("engine") is not None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    """Two portions, each to be done by one process in the usual order."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Portions(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "beside" if nodeid.removeprefix("tests/").partition("/")[0] in BESIDE else "all else"
+
+    return Portions(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

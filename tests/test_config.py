@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -89,16 +90,43 @@ def test_engines_that_load_a_model_need_its_name(engine):
 
 @pytest.mark.parametrize(
     "url",
-    ["", "x", "ftp://x", "http://", "http://x:99999", "http://x/v1?key=1", "http://x/#y", None],
+    [
+        *("", "x", "ftp://x", "http://", "http://x:99999", "http://x/v1?key=1", "http://x/#y", None, "http://[::1/v1"),
+        *("http://[x]:1", "http://x:0", "http://a b/v1", "http://a..b/v1", "http://" + "a" * 70),
+    ],
 )
 def test_endpoints_need_a_url(url):
     with pytest.raises(ConfigError, match="endpoint_url"):
         InferenceConfig("endpoint", endpoint_url=url)
 
 
-def test_a_key_in_the_url_is_refused_without_being_shown():
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions/", "/v1/embeddings", "/proxy/v1/models"])
+def test_an_endpoint_is_given_without_the_route(route):
+    with pytest.raises(ConfigError, match="the URL without the route"):
+        InferenceConfig("endpoint", endpoint_url=f"http://x{route}")
+
+
+@pytest.mark.parametrize("host", ["", "127.0.0.1:8000", "[::1]", "::x", "a b", "http://x", "x/y", "u@x"])
+def test_a_host_is_a_name_or_an_address_and_no_more(host):
+    with pytest.raises(ConfigError, match=r"host is .* a host name or an address without port"):
+        InferenceConfig("dummy", host=host)
+
+
+@pytest.mark.parametrize("host", ["::1", "::", "0.0.0.0", "localhost", "fe80::1%eth0", "a-b.example"])
+def test_hosts(host):
+    assert InferenceConfig("dummy", host=host).host == host
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("https://user:s3cret@host/v1", "https://user:s3cret@host:99999", "ftp://s3cret@host", "user:s3cret@host"),
+        *("https://user:s3cret@[::1/v1", "https://a:s3cret/x@y z", "https://host/v1?key=s3cret"),
+    ],
+)
+def test_a_key_in_the_url_is_refused_without_being_shown(url):
     with pytest.raises(ConfigError) as caught:
-        InferenceConfig("endpoint", endpoint_url="https://user:s3cret@host/v1")
+        InferenceConfig("endpoint", endpoint_url=url)
     assert "s3cret" not in str(caught.value)
 
 
@@ -134,7 +162,7 @@ def test_a_config_cannot_be_changed():
     nested = {"a": [1]}
     config = InferenceConfig("dummy", model_kwargs=nested, gpus=[0, 1])
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.tp = 2  # type: ignore[misc]
+        config.tp = 2
     for change in (
         lambda: config.model_kwargs.update(a=2),
         lambda: config.model_kwargs.__setitem__("a", 2),
@@ -182,3 +210,30 @@ def test_no_value_at_all_gives_anything_but_a_config_or_a_config_error(field, va
     except ConfigError as error:
         message = str(error)
     assert field in message
+
+
+@pytest.mark.parametrize("name", [each.name for each in dataclasses.fields(InferenceConfig)])
+def test_whatever_a_field_is_given_there_is_no_error_but_a_config_error(name):
+    strange = [
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        float("nan"),
+        float("inf"),
+        10**400,
+        "",
+        "x",
+        "a\nb",
+        "\ud800",
+        b"x",
+        [],
+        (1,),
+        {},
+    ]
+    strange += [{1: 2}, {"a": object()}, {"a": iter([])}, {"a": (each for each in "x")}, object(), len, {1, 2}]
+    for value in strange:
+        with contextlib.suppress(ConfigError):
+            config = InferenceConfig(**{"server_type": "dummy", name: value})
+            assert config.ready_deadline_sec < float("inf")

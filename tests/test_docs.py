@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
             r"^state: starting\n(Tell me about the number \d+\. -> [\w ]+\n){20}state: ready\nstate: stopped$",
         ),
         ("custom_engine.py", r"^echo: Hello$"),
+        ("rollouts.py", r"^19 documents, 1 left out, 76 requests\nagain: 0 requests$"),
     ],
 )
 def test_examples_run(name, words):

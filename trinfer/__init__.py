@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Any
 from trinfer._version import __version__
 
 if TYPE_CHECKING:
+    from trinfer.batch.items import Generate as Generate
+    from trinfer.batch.runner import InferenceRunner as InferenceRunner
     from trinfer.config import InferenceConfig as InferenceConfig
+    from trinfer.data.documents import Document as Document
+    from trinfer.data.documents import Media as Media
     from trinfer.engines.create import create_server as create_server
     from trinfer.engines.custom import CustomServer as CustomServer
     from trinfer.engines.dummy import DummyServer as DummyServer
@@ -50,6 +54,10 @@ if TYPE_CHECKING:
 _HOME = {
     "InferenceConfig": "trinfer.config",
     "create_server": "trinfer.engines.create",
+    "Document": "trinfer.data.documents",
+    "Generate": "trinfer.batch.items",
+    "Media": "trinfer.data.documents",
+    "InferenceRunner": "trinfer.batch.runner",
     "CustomServer": "trinfer.engines.custom",
     "DummyServer": "trinfer.engines.dummy",
     "EndpointServer": "trinfer.engines.endpoint",
@@ -87,14 +95,18 @@ __all__ = [
     "ConnectionLost",
     "ContextLengthError",
     "CustomServer",
+    "Document",
     "DummyServer",
     "EndpointServer",
     "FileError",
+    "Generate",
     "InferenceConfig",
     "InferenceError",
     "InferenceResult",
+    "InferenceRunner",
     "InferenceServer",
     "LlamaCppServer",
+    "Media",
     "NotFoundError",
     "ProtocolError",
     "RateLimitError",

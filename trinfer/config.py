@@ -8,6 +8,7 @@ where it has them; what is new or different is said in the docstring.
 from __future__ import annotations
 
 import copy
+import ipaddress
 import math
 import re
 from dataclasses import dataclass, field, fields
@@ -182,6 +183,12 @@ class InferenceConfig:
             *("restart_window", "restart_backoff_max_sec", "probe_interval_sec"),
         ):
             self._seconds(name, positive=True)
+        try:
+            too_long = not math.isfinite(self.ready_deadline_sec)
+        except OverflowError:
+            too_long = True
+        if too_long:
+            self._refuse("server_ready_max_attempts", "a number whose product with server_ready_delay_sec is finite")
         for name in (
             *("stream_first_byte_timeout", "stream_idle_timeout"),
             *("stall_timeout", "idle_probe_sec", "start_stall_timeout"),
@@ -206,8 +213,8 @@ class InferenceConfig:
                     self._refuse(name, "a non-empty text, or None")
         if self.api_key is not None and not _KEY.fullmatch(self.api_key):
             self._refuse("api_key", "a text of printable ASCII characters without spaces, or None")
-        if not self.host:
-            self._refuse("host", "a host name or an address, for instance 127.0.0.1")
+        if not self._is_host(self.host):
+            self._refuse("host", "a host name or an address without port and brackets, for instance 127.0.0.1 or ::1")
         if self.server_log_folder is not None and not isinstance(self.server_log_folder, str | Path):
             self._refuse("server_log_folder", "a path, or None")
         self._freeze("default_generation_params")
@@ -223,6 +230,9 @@ class InferenceConfig:
     def _refuse(self, name: str, allowed: str) -> NoReturn:
         value = getattr(self, name)
         shown = "(hidden)" if name in {"api_key", "env"} else repr(value)
+        if name == "endpoint_url" and isinstance(value, str):
+            # Users put their keys there, too.
+            shown = repr(re.sub(r"\?.*", "?(hidden)", re.sub(r"^(\w+://)?.*@", r"\1(hidden)@", value)))
         raise ConfigError(f"InferenceConfig.{name} is {shown}: allowed is {allowed}")
 
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
@@ -232,6 +242,16 @@ class InferenceConfig:
     def _instance(self, name: str, kind: type, allowed: str) -> None:
         if not isinstance(getattr(self, name), kind):
             self._refuse(name, allowed)
+
+    @staticmethod
+    def _is_host(host: str) -> bool:
+        if ":" in host:
+            try:
+                ipaddress.IPv6Address(host)
+            except ValueError:
+                return False
+            return True
+        return host != "" and not any(char.isspace() or char in "[]/@" for char in host)
 
     def _text(self, name: str) -> None:
         value = getattr(self, name)
@@ -247,7 +267,11 @@ class InferenceConfig:
 
     def _seconds(self, name: str, *, positive: bool) -> None:
         value = getattr(self, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        try:
+            number = number and math.isfinite(value)
+        except OverflowError:  # an integer that no float can hold
+            number = False
         if not number or value < 0 or (positive and value == 0):
             self._refuse(name, f"a finite number of seconds {'>' if positive else '>='} 0")
 
@@ -257,7 +281,13 @@ class InferenceConfig:
             value = {}
         if not hasattr(value, "keys") or not all(isinstance(key, str) for key in value):
             self._refuse(name, "a mapping with text keys")
-        object.__setattr__(self, name, FrozenDict(copy.deepcopy(dict(value))))
+        try:
+            frozen = FrozenDict(copy.deepcopy(dict(value)))
+        except Exception as error:  # open files, generators, locks, …
+            raise ConfigError(
+                f"InferenceConfig.{name} holds something that cannot be copied ({error}): allowed are plain values"
+            ) from error
+        object.__setattr__(self, name, frozen)
 
     # -- checks of single fields and of fields together ---------------------------------------------------------
 
@@ -299,13 +329,21 @@ class InferenceConfig:
         if self.server_type == "endpoint":
             if self.endpoint_url is None:
                 self._refuse("endpoint_url", 'a URL such as "http://host:8000/v1" with server_type "endpoint"')
-            url = urlsplit(self.endpoint_url)
+            allowed = 'a URL such as "http://host:8000/v1", without query and fragment'
             try:
+                url = urlsplit(self.endpoint_url)
                 port = url.port
-            except ValueError:
-                port = -1
-            if url.scheme not in {"http", "https"} or not url.hostname or port == -1 or url.query or url.fragment:
-                self._refuse("endpoint_url", 'a URL such as "http://host:8000/v1", without query and fragment')
+                # As it goes over the wire; an address of IPv6 is no name.
+                host = url.hostname or ""
+                host = host if ":" in host else host.encode("idna").decode()
+            except ValueError:  # brackets of IPv6 around something else, a port that is none, a name that cannot be
+                self._refuse("endpoint_url", allowed)
+            if url.scheme not in {"http", "https"} or not host or port == 0 or url.query or url.fragment:
+                self._refuse("endpoint_url", allowed)
+            if any(char.isspace() for char in host):
+                self._refuse("endpoint_url", allowed)
+            if re.search(r"/(completions|embeddings|models|responses)/*$", url.path):
+                self._refuse("endpoint_url", "the URL without the route, which trinfer adds: http://host:8000/v1")
             if url.username or url.password:
                 raise ConfigError(
                     "InferenceConfig.endpoint_url holds a user name or password: allowed is a plain URL",

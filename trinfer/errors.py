@@ -131,7 +131,10 @@ class ServerError(TrinferError):
         server: which server this was, for instance ``"vllm rank 0"``; empty where unknown.
         returncode: the engine's exit code, negative for a signal; None where it did not exit.
         history: one line per failed start attempt or death, oldest first.
+        received: for a stream that had yielded: how many chunks had come; else 0.
     """
+
+    received: int = 0
 
     def __init__(
         self,

@@ -28,7 +28,13 @@ __all__ = ["fake_engine", "trinfer_server"]
 
 PATIENCE = 5.0  # seconds that the last processes may take to go
 # Quick to fail: a test shall not wait for what takes minutes in life.
-IMPATIENT = {"shutdown_grace_sec": 1.0, "request_timeout": 30.0, "restart_backoff_sec": 0.05, "stall_timeout": 2.0}
+IMPATIENT = {
+    "shutdown_grace_sec": 1.0,
+    "request_timeout": 30.0,
+    "restart_backoff_sec": 0.05,
+    "restart_backoff_max_sec": 0.5,
+    "stall_timeout": 2.0,
+}
 
 
 @pytest.fixture

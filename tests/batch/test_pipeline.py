@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections import Counter
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import trio
 import trio.testing
 
 from trinfer import BadRequestError, ConnectionLost, FileError, InferenceResult, RolloutError, RunStopped, ServerError
+from trinfer.batch.calls import answer_of, key_of
 from trinfer.batch.committer import CALL, FAILED, ROW, read_failed
 from trinfer.batch.feed import Feed
 from trinfer.batch.jobs import GenerationJob, RolloutJob
@@ -35,6 +39,8 @@ class Rows:
 
 class Lines:
     """What is committed, and how."""
+
+    keeps_calls = True
 
     def __init__(self, fail_after: int | None = None) -> None:
         self.ids: list[int] = []
@@ -133,9 +139,9 @@ async def test_a_failed_row_does_not_stop_the_others(autojump_clock: trio.testin
     assert error["response"] == {
         "status_code": 400,
         "request_id": "r1",
-        "body": {"error": {"message": "too bad", "type": "BadRequestError"}},
+        "body": {"error": {"message": "too bad", "type": "BadRequestError", "param": None, "code": 400}},
     }
-    assert error["error"] == {"code": "BadRequestError", "message": "refused"}
+    assert error["error"] is None  # as OpenAI's files have it: that is for requests that got no answer
     assert error["place"].startswith("f:")
 
 
@@ -257,7 +263,7 @@ async def test_a_budget_of_failures(budget, rows, stops, autojump_clock: trio.te
         assert (await run(Flaky(9), Numbered(rows), Lines(), policy=policy)).failed == rows
 
 
-@pytest.mark.parametrize("text", ["x", "-1", "101%", "%", "1.5", "-1%", ""])
+@pytest.mark.parametrize("text", ["x", "-1", "101%", "%", "1.5", "-1%", "", "1/0%", "nan%", "inf%"])
 def test_budgets_that_are_none(text):
     with pytest.raises(Exception, match="--max-failures"):
         FailureBudget.parse(text)
@@ -270,6 +276,10 @@ def test_a_share_is_looked_at_when_it_says_something():
     assert share.is_exceeded(2, 150)
     assert not share.is_exceeded(1, 150)
     assert not share.is_exceeded(0, 0, at_end=True)
+    share = FailureBudget.parse("29%")  # 0.29 is a little less than that
+    assert not share.is_exceeded(29, 100)
+    assert share.is_exceeded(30, 100)
+    assert str(share) == "29%"
 
 
 # -- rollouts -------------------------------------------------------------------------------------------------------
@@ -337,13 +347,33 @@ async def test_a_rollout_that_is_tried_again_pays_only_for_what_it_had_not(autoj
     async def rollout(document, generate):
         result = await generate({"prompt": document.id})
         tries[document.id] += 1
-        if tries[document.id] < 3:
+        if tries[document.id] < 2:
             raise OSError("the tool is not there")
         return result
 
     server = Server()
     summary = await run(server, Rows(5), Lines(), job=RolloutJob(rollout), policy=ErrorPolicy("retry"))
-    assert (summary.ok, server.answered, summary.cache_hits) == (5, 5, 10)
+    assert (summary.ok, server.answered, summary.cache_hits) == (5, 5, 5)
+
+
+async def test_answers_that_make_a_rollout_fail_twice_are_asked_for_again(autojump_clock: trio.testing.MockClock):
+    seen: dict[str, list[str]] = {}
+
+    async def rollout(document, generate):
+        result = await generate({"prompt": document.id})
+        seen.setdefault(document.id, []).append(result.text)
+        if result.text != "answer 3":
+            raise ValueError("this is no JSON")
+        return result
+
+    class Sampling(Server):
+        async def make_request(self, payload) -> dict[str, Any]:
+            await super().make_request(payload)
+            return {"choices": [{"text": f"answer {self.answered}"}]}
+
+    summary = await run(Sampling(), Rows(1), Lines(), job=RolloutJob(rollout), policy=ErrorPolicy("retry", retries=9))
+    assert seen == {"0": ["answer 1", "answer 1", "answer 2", "answer 3"]}
+    assert (summary.ok, summary.cache_hits) == (1, 1)
 
 
 async def test_documents_without_results_are_removed_and_results_may_be_any_json(autojump_clock):
@@ -378,3 +408,181 @@ async def test_results_that_cannot_be_written_are_their_documents_failure(autoju
     with pytest.raises(RunStopped) as caught:
         await run(Server(), Rows(1), Lines(), job=RolloutJob(rollout), policy=ErrorPolicy("fail"))
     assert isinstance(caught.value.__cause__, RolloutError)
+
+
+async def test_results_that_are_too_large_are_their_documents_failure(monkeypatch, autojump_clock):
+    monkeypatch.setattr("trinfer.batch.jobs.LARGEST_BODY", 1000)
+
+    async def rollout(document, generate):
+        return "x" * (900 if document.id == "1" else 1000)
+
+    target = Lines()
+    summary = await run(Server(), Rows(3), target, job=RolloutJob(rollout))
+    assert (summary.ok, summary.failed, target.kinds[ROW]) == (1, 2, 1)
+    assert "and at most 1000 can be kept" in summary.failures["RolloutError"][1]
+
+
+async def test_an_answer_is_kept_as_it_came_whatever_the_rollout_does_with_it(autojump_clock):
+    tries: Counter[str] = Counter()
+    seen: list[Any] = []
+
+    async def rollout(document, generate):
+        result = await generate({"prompt": document.id})
+        seen.append(json.dumps(result.raw))
+        result.raw["choices"].clear()
+        result.raw["mine"] = object()
+        tries[document.id] += 1
+        if tries[document.id] < 2:
+            raise OSError("the tool is not there")
+        return len(seen)
+
+    kept: list[bytes] = []
+
+    class Kept(Lines):
+        def commit(self, records) -> None:
+            kept.extend(record.body for record in records if record.kind == CALL)
+
+    summary = await run(Server(), Rows(1), Kept(), job=RolloutJob(rollout), policy=ErrorPolicy("retry"))
+    assert (summary.ok, summary.cache_hits) == (1, 1)
+    assert seen[0] == seen[1]
+    assert [answer_of(body)["choices"][0]["message"] for body in kept] == [{"content": "a"}]
+
+
+async def test_calls_side_by_side_are_told_apart_and_all_kept(autojump_clock):
+    tries: Counter[str] = Counter()
+    texts: list[list[str]] = []
+
+    async def rollout(document, generate):
+        found: dict[int, str] = {}
+
+        async def one(number: int, payload: dict[str, Any]) -> None:
+            await trio.sleep(number / 10)
+            found[number] = (await generate(payload)).text
+            payload.clear()
+
+        async with trio.open_nursery() as nursery:
+            for number in range(4):  # the last two are the same, and the first one twice
+                nursery.start_soon(one, number, {"prompt": "x" if number in {0, 2, 3} else "y"})
+        texts.append([found[number] for number in range(4)])
+        tries[document.id] += 1
+        if tries[document.id] < 2:
+            while len(kept) < 4:  # the clock jumps while a thread writes
+                await trio.sleep(0.01)
+            raise OSError("the tool is not there")
+        return found
+
+    class Numbered(Server):
+        async def make_request(self, payload) -> dict[str, Any]:
+            await super().make_request(payload)
+            return {"choices": [{"text": f"{payload['prompt']} {self.answered}"}]}
+
+    kept: dict[bytes, bytes] = {}
+
+    class Kept(Lines):
+        def commit(self, records) -> None:
+            kept.update({record.body[4:20]: record.body for record in records if record.kind == CALL})
+
+    summary = await run(Numbered(), Rows(1), Kept(), job=RolloutJob(rollout), policy=ErrorPolicy("retry"))
+    assert (summary.ok, summary.requests, summary.cache_hits) == (1, 4, 4)
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == len(kept) == 4
+    assert all(key_of(body) == key for key, body in kept.items())
+
+
+async def test_an_answer_that_is_no_json_is_not_kept_and_harms_nobody(autojump_clock):
+    class Odd(Server):
+        async def make_request(self, payload) -> dict[str, Any]:
+            return {**await super().make_request(payload), "odd": b"bytes"}
+
+    target = Lines()
+    assert (await run(Odd(latency=30), Rows(3), target, job=RolloutJob(ask_once))).ok == 3
+    assert target.kinds == {ROW: 3}
+
+
+async def ask_once(document, generate) -> Any:
+    result = await generate({"prompt": document.id})
+    await trio.sleep(1)
+    return result
+
+
+async def test_rollouts_that_use_every_thread_hold_up_neither_reading_nor_writing():
+    limiter = trio.to_thread.current_default_thread_limiter()
+    before, limiter.total_tokens = limiter.total_tokens, 1
+    target = Lines()
+    try:
+        with trio.fail_after(5):
+            async with limiter:  # as functions in threads do, for as long as they run
+                await run(Server(0, 0), Rows(300), target, job=RolloutJob(ask_twice))
+    finally:
+        limiter.total_tokens = before
+    assert target.kinds[ROW] == 300
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ({"deep": [InferenceResult("x")]}, {"deep": [{"text": "x", "finish_reason": None, "usage": {}}]}),
+        ({"b", "a"}, ["a", "b"]),
+        (Path("a/b"), "a/b"),
+        ([float("nan"), float("inf"), 0.5], [None, None, 0.5]),
+        (datetime.date(2026, 1, 2), "2026-01-02"),
+        (b"\xff", "/w=="),
+    ],
+)
+async def test_results_of_other_types_become_json(value, shown, autojump_clock):
+    lines: list[Any] = []
+
+    class Kept(Lines):
+        def commit(self, records) -> None:
+            lines.extend(json.loads(record.body, parse_constant=pytest.fail) for record in records)
+
+    async def rollout(document, generate):
+        return value
+
+    assert (await run(Server(), Rows(1), Kept(), job=RolloutJob(rollout, metadata_key="r"))).ok == 1
+    assert lines[0]["metadata"]["r"] == [shown]
+
+
+class Mine:
+    """What JSON does not know."""
+
+
+async def later() -> int:
+    return 1
+
+
+def no_coroutine(document, generate):
+    return 3
+
+
+@pytest.mark.parametrize(
+    ("rollout", "words"),
+    [
+        (lambda _, __: no_coroutine(_, __), "gives a int: it must be `async def`"),
+        (partial(no_coroutine), "gives a int: it must be `async def`"),
+    ],
+)
+async def test_a_rollout_that_is_no_async_function(rollout, words, autojump_clock):
+    with pytest.raises(RunStopped, match=words):
+        await run(Server(), Rows(1), Lines(), job=RolloutJob(rollout), policy=ErrorPolicy("fail"))
+
+
+@pytest.mark.parametrize(("make", "words"), [(Mine, "there is a Mine in it"), (later, "an `await` is missing")])
+async def test_results_that_json_does_not_know_are_told(make, words, autojump_clock):
+    async def rollout(document, generate):
+        return {"a": [make()]}
+
+    target = Lines()
+    summary = await run(Server(), Rows(2), target, job=RolloutJob(rollout))
+    assert summary.failed == 2
+    assert words in target.errors[0]["error"]["message"]
+
+
+async def test_a_failure_that_is_skipped_says_where_it_was_raised(autojump_clock):
+    async def rollout(document, generate):
+        return [][1]
+
+    target = Lines()
+    await run(Server(), Rows(1), target, job=RolloutJob(rollout))
+    line = rollout.__code__.co_firstlineno + 1
+    assert f"IndexError: list index out of range (test_pipeline.py:{line})" in target.errors[0]["error"]["message"]

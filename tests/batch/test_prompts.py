@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from trinfer.batch.prompts import PromptOptions, Prompts, read_template
 from trinfer.data.records import InvalidRow, Raw, content_key
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
@@ -44,6 +45,14 @@ def test_other_fields_come_out_as_they_went_in(fields):
                 assert kept[name] == value
         assert kept["id"] == (fields["id"] if fields.get("id") is not None else item.key.hex())
         assert ("generation" in kept) != ("error" in kept)
+
+
+def test_what_is_no_number_is_null_in_the_output():
+    # JSON has no word for it; Python reads its own all the same.
+    job, item = item_of(b'{"prompt": "p", "a": [NaN, {"b": -Infinity}], "c": 1e999, "d": 0.5}')
+    for line in (job.finish(item, [RESULT]).line, job.failed(item, BadRequestError("no", status=400))):
+        kept = json.loads(line, parse_constant=pytest.fail)
+        assert (kept["a"], kept["c"], kept["d"]) == ([None, {"b": None}], None, 0.5)
 
 
 @given(st.binary())
@@ -175,3 +184,23 @@ def test_options_that_need_the_chat_route():
     for name in ("system_prompt", "image_field"):
         with pytest.raises(ConfigError, match="--no-chat"):
             Prompts(PromptOptions(use_chat=False, **{name: "x"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a\0b.png", "is no name of a file"),
+        ("\ud800.png", "is no name of a file"),
+        ("pipe", "is no image"),
+        ("", "Is a directory"),
+    ],
+)
+def test_images_that_are_no_files(tmp_path, name, words):
+    os.mkfifo(tmp_path / "pipe")  # nobody writes into it: reading it must not be waited for
+    with pytest.raises(InvalidRow, match=rf"f:1.*{words}"):
+        payload({"text": "p", "images": [name]}, image_field="images", image_folder=str(tmp_path))
+
+
+def test_a_template_that_is_nested_too_deeply():
+    with pytest.raises(ConfigError, match="the template cannot be used"):
+        Prompts(PromptOptions(template="{% if x %}" * 200 + "{% endif %}" * 200))

@@ -20,9 +20,9 @@ needs_nginx = pytest.mark.skipif(
 SOAK = "60" if os.environ.get("CI") else "10"
 
 
-def run(*arguments: str) -> str:
+def run(*arguments: str, module: str = "request_path") -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.request_path", *arguments],
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -60,12 +60,23 @@ def test_a_soak_with_cancellations_and_resets_leaves_memory_and_descriptors_flat
     assert "descriptors" in out
 
 
-@pytest.mark.parametrize("module", ["benchmarks.request_path", "benchmarks.lifecycle"])
+@needs_nginx
+def test_the_durable_batch_is_measured(tmp_path: Path):
+    page, figures = tmp_path / "batch.md", tmp_path / "batch.json"
+    quick = ("--rounds", "1", "--documents", "400", "--slot-documents", "1500", "--million", "2000")
+    run("rates", "slots", "memory", *quick, "--markdown", str(page), "--json", str(figures), module="batch")
+    found = {row["figure"]: row["median"] for row in json.loads(figures.read_text())["figures"]}
+    assert found["trinfer, durable, 64 in flight"] > 0
+    # The share that the figure claims, at a size where the start and the end still count.
+    assert 90 < found["trinfer, durable: slots busy in the steady state"] <= 101
+    assert found["resume: every row done, nothing published"] < 15
+    assert "| trinfer, durable, 64 in flight |" in page.read_text()
+
+
+@pytest.mark.parametrize("module", ["request_path", "lifecycle", "supervision", "batch", "request_cache"])
 def test_benchmarks_explain_themselves(module):
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "--json" in done.stdout or "--out" in done.stdout
+    out = run("--help", module=module)
+    assert "--json" in out or "--out" in out
 
 
 def test_the_fixed_answer_has_the_size_that_the_table_names():

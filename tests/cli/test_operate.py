@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.engine_configs import CHAT, fake_config
-from trinfer import CustomServer
-from trinfer.process.identity import SERVER_VARIABLE, find_trees, start_time
+from tests.engine_configs import CHAT, fake_command, fake_config
+from trinfer import CustomServer, InferenceConfig
+from trinfer.process.identity import SERVER_VARIABLE, find_trees, pid_space, run_id, start_time
+from trinfer.process.ledger import Entry, Ledger, entries
+from trinfer.process.output import EngineLog
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -83,6 +85,34 @@ async def test_ps_shows_a_running_engine_and_forgets_it(tmp_path, monkeypatch):
         assert f"port {server.port}" in out
     _, out, _ = await ask("ps", "--json")
     assert not [entry for entry in json.loads(out) if entry["owner_pid"] == os.getpid()]
+
+
+async def test_ps_counts_processes_that_have_lost_their_environment(monkeypatch):
+    """As those of vLLM, which give themselves names and hold the GPUs."""
+    monkeypatch.setattr("trinfer.server.registration.EVERY", 0.05)
+    command = ["env", "-i", *fake_command()]
+    config = InferenceConfig("custom", "fake", model_kwargs={"server_command": command}, shutdown_grace_sec=1.0)
+    async with CustomServer(config) as server:
+        await server.wait_ready()
+        await trio.sleep(0.2)
+        _, out, _ = await ask("ps", "--json")
+        assert server.current_attempt is not None
+        assert server.current_attempt.processes[0].engine_pid in own_server(out, server.marker[SERVER_VARIABLE])["pids"]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a pid namespace of its own needs root")
+def test_servers_of_another_container_are_left_alone(own_runtime):
+    entry = Entry("abc", run_id(), "vllm", 0, "m", "ready", "", "", 1.0, space=pid_space())
+    ledger = Ledger()
+    ledger.write(entry)
+    container = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable]
+    done = subprocess.run(
+        [*container, "-m", "trinfer", "gc", "--yes"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "nothing to do" in done.stdout
+    subprocess.run([*container, "-c", "from trinfer.process.ledger import Ledger; Ledger().sweep()"], check=True)
+    assert [found for _, found in entries()] == [entry]
+    ledger.remove()
 
 
 class Orphan:
@@ -198,6 +228,34 @@ def test_logs(tmp_path):
     follower.stdout.close()
 
 
+def test_nothing_is_missed_while_a_log_is_rotated_and_at_its_end(tmp_path):
+    path = tmp_path / "engine.log"
+    log = EngineLog(path, max_bytes=4096)
+    ledger = Ledger()
+    ledger.write(Entry("abc", run_id(), "vllm", 0, "m", "ready", "", str(path), 1.0))
+    log._write(path, b"begin\n")
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "trinfer", "logs", "-f", "abc"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert follower.stdout is not None
+    assert follower.stdout.readline() == "begin\n"
+    number = 0
+    for _ in range(3):
+        written = []
+        for _ in range(11):  # three files are full before anybody can look
+            lines = [f"line {number + each} {'.' * 90}\n" for each in range(10)]
+            number += 10
+            log._write(path, "".join(lines).encode())
+            written += lines
+        assert [follower.stdout.readline() for _ in written] == written
+    log._write(path, b"the end\n")
+    ledger.remove()
+    assert follower.stdout.readlines() == ["the end\n"]
+    assert follower.wait(10) == 0
+    assert path.with_name("engine.log.3").exists()
+    follower.stdout.close()
+
+
 def test_logs_of_a_server_that_keeps_none():
     owner = subprocess.Popen([sys.executable, "-c", OWNER, ""], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
@@ -216,10 +274,13 @@ def test_logs_of_a_server_that_keeps_none():
         ((), 0, "open files"),
         (("--engine", "dummy"), 0, "[ok]"),
         (("--engine", "vllm", "--model", "/nonexistent"), 3, "does not exist on this machine"),
+        (("--engine", "llamacpp", "--model", "nope.gguf"), 3, "does not exist on this machine"),
         (("--engine", "vllm", "--model", "m", "--executable", "/nonexistent/vllm"), 3, "is not on PATH"),
         (("--engine", "vllm"), 2, ""),
         (("--engine", "vllm", "--model", "m", "--tp", "0"), 2, ""),
         (("--engine", "nonsense"), 2, ""),
+        (("--model", "m"), 2, ""),
+        (("--tp", "8"), 2, ""),
     ],
 )
 def test_doctor(arguments, code, words):

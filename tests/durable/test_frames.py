@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import struct
+import zlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trinfer import FileError
+from trinfer.durable.disk import Disk
 from trinfer.durable.frames import HEAD_BYTES, Record
 from trinfer.durable.journal import Journal, read_segments
+from trinfer.durable.repair import mend
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,15 +34,21 @@ RECORDS = st.lists(
 COMMITS = st.lists(RECORDS, max_size=8)
 
 
-def contents(folder: Path, *, repair: bool = False) -> list[Record]:
+def contents(folder: Path) -> list[Record]:
     found = []
     for segment in read_segments(folder):
-        for frame in segment.frames(verify=True, repair=repair):
+        for frame in segment.frames(verify=True):
             bodies = segment.read(frame)
             for entry in frame.entries():
                 start = entry.offset - frame.bodies
                 found.append(Record(entry.kind, entry.key, bodies[start : start + entry.length]))
     return found
+
+
+def quick_look(folder: Path) -> list[tuple[int, bytes]]:
+    """What a run that is continued sees: heads and tables."""
+    frames = [frame for segment in read_segments(folder) for frame in segment.frames(verify=False)]
+    return [(entry.kind, entry.key) for frame in frames for entry in frame.entries()]
 
 
 def write(folder: Path, commits: list[list[Record]], segment_bytes: int = 1 << 20) -> list[tuple[Path, int, int]]:
@@ -69,12 +80,15 @@ def test_any_prefix_recovers_to_whole_commits_and_goes_on(tmp_path_factory, comm
     segment_bytes = data.draw(st.sampled_from([1, 150, 1 << 20]))
     marks = write(folder, commits, segment_bytes)
     last = marks[-1][0]
-    cut = data.draw(st.integers(0, last.stat().st_size))
+    was = last.read_bytes()
+    cut = data.draw(st.integers(0, len(was)))
     os.truncate(last, cut)
-    garbage = data.draw(st.binary(max_size=30))
+    garbage = data.draw(st.binary(max_size=30) | st.binary(min_size=400, max_size=400))
     with last.open("ab") as file:  # blocks of which nobody knows what is in them
         file.write(garbage)
-    kept = max([count for path, end, count in marks if path != last or end <= cut], default=0)
+    assert cut < HEAD_BYTES or quick_look(folder) == [(record.kind, record.key) for record in contents(folder)]
+    now = last.read_bytes()  # garbage may happen to be what was there
+    kept = max([count for path, end, count in marks if path != last or now[:end] == was[:end]], default=0)
     everything = [record for commit in commits for record in commit]
     if cut < HEAD_BYTES and cut + len(garbage) >= HEAD_BYTES:
         return  # a head of garbage is no journal; see below
@@ -87,32 +101,77 @@ def test_a_changed_byte_is_never_taken_for_the_truth(tmp_path_factory, commits, 
     folder = tmp_path_factory.mktemp("j") / "journal"
     marks = write(folder, commits)
     path, end, _ = marks[-1]
-    at = data.draw(st.integers(HEAD_BYTES, end - 1))
+    at = data.draw(st.integers(0, end - 1))
     whole = bytearray(path.read_bytes())
     whole[at] ^= data.draw(st.integers(1, 255))
     path.write_bytes(whole)
     everything = [record for commit in commits for record in commit]
     hit = next(n for n, (_, upto, _) in enumerate(marks) if at < upto)
     before = marks[hit - 1][2] if hit else 0
-    if hit == len(marks) - 1:  # the last commit: as after a crash
+    if at < HEAD_BYTES:
+        before, marks[hit] = 0, (path, 0, 0)  # nothing but the head is lost
+    elif hit == len(marks) - 1:  # the last commit: as after a crash
         assert contents(folder) == everything[:before]
         return
     with pytest.raises(FileError, match="is damaged between bytes"):
         contents(folder)
     with pytest.raises(FileError, match="--repair"):
         Journal(folder)
-    assert contents(folder, repair=True) == everything[:before] + everything[marks[hit][2] :]
-    journal = Journal(folder, repair=True)
+    assert mend(folder, Disk()) == 1
+    assert contents(folder) == everything[:before] + everything[marks[hit][2] :]
+    assert mend(folder, Disk()) == 0
+    journal = Journal(folder)
     journal.append([Record(1, b"x" * 16, b"more")])
     journal.close()
-    assert contents(folder, repair=True)[-1].body == b"more"
+    assert contents(folder)[-1].body == b"more"
+
+
+def test_what_cannot_be_repaired(tmp_path):
+    (tmp_path / "000001.journal").write_bytes(b"something else, and long enough")
+    with pytest.raises(FileError, match="no journal of trinfer"):
+        mend(tmp_path, Disk())
+    write(tmp_path / "j", [[Record(1, b"a" * 16, b"x")]])
+    path = tmp_path / "j" / "000001.journal"
+    path.write_bytes(b"trinferJ" + bytes(len(path.read_bytes())))
+    with pytest.raises(FileError, match="--repair"):
+        Journal(tmp_path / "j")
+    assert mend(tmp_path / "j", Disk()) == 1  # nothing whole follows its head
+    assert contents(tmp_path / "j") == []
+
+
+def test_a_head_that_never_reached_the_disk_is_no_damage(tmp_path):
+    write(tmp_path, [[Record(1, b"a" * 16, b"x")]])
+    (tmp_path / "000002.journal").write_bytes(bytes(4096))
+    write(tmp_path, [[Record(1, b"b" * 16, b"y")]])
+    assert [record.body for record in contents(tmp_path)] == [b"x", b"y"]
+
+
+def test_a_repair_on_a_full_disk_changes_nothing(tmp_path):
+    class Full(Disk):
+        def write(self, fd: int, data: memoryview) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    commits = [[Record(1, bytes([n]) * 16, b"x" * 100)] for n in range(3)]
+    marks = write(tmp_path / "j", commits)
+    path = marks[0][0]
+    whole = bytearray(path.read_bytes())
+    whole[marks[0][1] - 1] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(FileError, match=r"repairing .* failed: No space") as caught:
+        mend(tmp_path / "j", Full())
+    assert "make room" in caught.value.advice
+    assert path.read_bytes() == whole
+    assert [each.name for each in (tmp_path / "j").iterdir()] == [path.name]
+    assert mend(tmp_path / "j", Disk()) == 1
+    assert contents(tmp_path / "j") == commits[1] + commits[2]
 
 
 def test_what_is_no_journal_is_refused(tmp_path):
     (tmp_path / "000001.journal").write_bytes(b"something else, and long enough")
     with pytest.raises(FileError, match="no journal of trinfer"):
         Journal(tmp_path)
-    (tmp_path / "000001.journal").write_bytes(b"trinferJ" + b"\x09\0\0\0" * 2)
+    head = struct.pack("<8sII", b"trinferJ", 9, 9)
+    (tmp_path / "000001.journal").write_bytes(head + struct.pack("<I", zlib.crc32(head)))
     with pytest.raises(FileError, match="its format is 9"):
         Journal(tmp_path)
     (tmp_path / "000001.journal").unlink()
@@ -134,3 +193,14 @@ def test_files_are_private(tmp_path):
     write(tmp_path / "j", [[Record(1, b"a" * 16, b"x")]])
     assert (tmp_path / "j").stat().st_mode & 0o077 == 0
     assert (tmp_path / "j" / "000001.journal").stat().st_mode & 0o077 == 0
+
+
+@given(commits=COMMITS, frame_bytes=st.integers(1, 300))
+def test_a_huge_commit_is_written_as_several_frames(tmp_path_factory, commits, frame_bytes):
+    folder = tmp_path_factory.mktemp("j") / "journal"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trinfer.durable.journal.FRAME_BYTES", frame_bytes)
+        write(folder, commits, 1000)
+    assert contents(folder) == [record for commit in commits for record in commit]
+    frames = [frame for segment in read_segments(folder) for frame in segment.frames(verify=True)]
+    assert all(frame.length <= frame_bytes or len(list(frame.entries())) == 1 for frame in frames)

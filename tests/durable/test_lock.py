@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,7 +25,8 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from trinfer.durable.lock import RunLock
-with RunLock(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])):
+with RunLock(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])) as lock:
+    lock.agree()
     print("locked", flush=True)
     time.sleep(60)
 """
@@ -91,3 +93,48 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="cannot be used: Not a directory"), RunLock(tmp_path / "file"):
         pass
+
+
+def test_a_lock_that_is_held_for_a_moment_is_waited_for(tmp_path: Path):
+    # Whoever starts locks the files of others for as long as it takes to see that nobody holds them.
+    with RunLock(tmp_path):
+        pass
+    path = tmp_path / "owners" / "00000-of-00001"
+    path.touch()
+    fd = os.open(path, os.O_RDWR)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    thread = threading.Timer(0.05, os.close, [fd])
+    thread.start()
+    with RunLock(tmp_path):
+        assert path.exists()
+    thread.join()
+
+
+def test_who_is_alone(tmp_path: Path):
+    lock = RunLock(tmp_path, 1, 2)
+    with lock:
+        assert lock.is_alone()
+        with holder(tmp_path, 0, 2):
+            assert not lock.is_alone()
+        assert lock.is_alone()
+        with RunLock(tmp_path, 0, 2) as other:
+            assert lock.is_alone()  # the other one has not agreed on anything yet
+            other.agree()
+            assert not lock.is_alone()
+
+
+def test_a_lock_whose_holder_ends_in_the_moment_of_the_look_is_taken_all_the_same(tmp_path: Path, monkeypatch):
+    flock, looks = fcntl.flock, []
+
+    def held_at_the_first_look(fd: int, how: int) -> None:
+        looks.append(how)
+        if len(looks) == 1:
+            raise BlockingIOError(errno.EWOULDBLOCK, "Resource temporarily unavailable")
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", held_at_the_first_look)
+    with RunLock(tmp_path):
+        fd = os.open(tmp_path / "owners" / "00000-of-00001", os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(fd)

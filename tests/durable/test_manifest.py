@@ -26,6 +26,11 @@ def test_a_changed_job_is_refused_with_its_differences(tmp_path):
     assert "template" not in text
 
 
+def test_a_parameter_that_is_no_number_is_the_same_the_next_time():
+    assert differences({"temperature": float("nan")}, {"temperature": float("nan")}) == []
+    assert len(differences({"temperature": float("nan")}, {"temperature": 1.0})) == 2
+
+
 def test_long_values_are_cut():
     (old, _) = differences({"template": "x" * 1000}, {})
     assert len(old) < 400

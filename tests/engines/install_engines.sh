@@ -21,6 +21,7 @@ TORCH=2.13.0
 VLLM=0.32.0
 SGLANG=0.5.23
 TRANSFORMERS=5.23.0
+ACCELERATE=1.15.0
 
 dir=${TRINFER_ENGINES_DIR:-$HOME/.cache/trinfer/engines}
 python=${PYTHON:-python3}
@@ -74,8 +75,9 @@ sglang() {
 }
 
 transformers() {
-    begin transformers "$TRANSFORMERS" || return 0
-    pip --no-deps "transformers==$TRANSFORMERS" && borrow || return 1
+    begin transformers "$TRANSFORMERS-accelerate-$ACCELERATE" || return 0
+    # Loading onto a device needs accelerate, which vLLM's environment need not have.
+    pip --no-deps "transformers==$TRANSFORMERS" "accelerate==$ACCELERATE" && borrow || return 1
     finish "$venv/bin/transformers" serve --help
 }
 

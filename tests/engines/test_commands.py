@@ -113,6 +113,8 @@ class TestVLLM:
         assert vllm_environment(config("vllm", api_key=KEY)) == {"VLLM_API_KEY": KEY}
         assert vllm_environment(config("vllm"), host_ip="10.0.0.2") == {"VLLM_HOST_IP": "10.0.0.2"}
         assert vllm_environment(config("vllm", env={"VLLM_HOST_IP": "1.2.3.4"}), host_ip="10.0.0.2") == {}
+        assert vllm_environment(config("vllm"), sockets="/run/x") == {"VLLM_RPC_BASE_PATH": "/run/x"}
+        assert vllm_environment(config("vllm", env={"VLLM_RPC_BASE_PATH": "/mine"}), sockets="/run/x") == {}
 
 
 class TestSGLang:
@@ -152,8 +154,13 @@ class TestLlamaCpp:
         words = self.command(model_max_context=100)
         assert (after(words, "--ctx-size"), after(words, "--parallel")) == ("400", "4")
         words = self.command(model_max_context=100, model_kwargs={"parallel": 2})
-        assert after(words, "--ctx-size") == "200"
-        assert [word for word in words if word.startswith("--parallel")] == ["--parallel=2"]
+        assert (after(words, "--ctx-size"), after(words, "--parallel")) == ("200", "2")
+        assert [word for word in words if word.startswith("--parallel")] == ["--parallel"]
+
+    def test_options_and_values_are_words_of_their_own(self):
+        # llama-server says "invalid argument" to --n-gpu-layers=99.
+        words = self.command(model_kwargs={"n_gpu_layers": 99, "flash_attn": "on", "temp": -1.5, "mmap": False})
+        assert words[-7:] == ["--n-gpu-layers", "99", "--flash-attn", "on", "--temp", "-1.5", "--no-mmap"]
 
     def test_none_is_as_if_it_were_not_there(self):
         assert self.command(model_kwargs={"parallel": None, "threads": None}) == self.command()

@@ -195,7 +195,7 @@ def test_llama_server():
     program = shutil.which("llama-server")
     if program is None:
         pytest.skip("llama-server is not on PATH; the package xllamacpp is tested in test_llamacpp_real.py")
-    settings = config("llamacpp", model_kwargs={"parallel": 2, "n_gpu_layers": 0})
+    settings = config("llamacpp", model_kwargs={"parallel": 2, "n_gpu_layers": 0, "mmap": False})
     # Options are read from the left, and --version ends the program: what stands before it has been accepted.
     line = [*llamacpp_command(settings, TCP, [program]), "--version"]
     done = subprocess.run(line, capture_output=True, text=True)

@@ -120,3 +120,36 @@ async def test_a_key_that_is_refused_later_is_the_requests_error():
 def test_without_a_url():
     with pytest.raises(ConfigError, match="endpoint_url"):
         EndpointServer(InferenceConfig("dummy"))
+
+
+async def test_a_redirect_is_told_at_once():
+    async def moved(_: HttpRequest) -> HttpResponse:
+        return HttpResponse(308, headers={"Location": "https://elsewhere/v1/models"})
+
+    async with serving(moved) as url, EndpointServer(config(url)) as server:
+        with trio.fail_after(5), pytest.raises(ServerError, match="redirects elsewhere") as caught:
+            await server.wait_ready()
+        assert "endpoint_url" in str(caught.value)
+
+
+async def test_a_start_that_ends_within_a_look_tells_what_the_looks_before_have_found():
+    looks = 0
+
+    async def first_busy_then_silent(_: HttpRequest) -> HttpResponse:
+        nonlocal looks
+        looks += 1
+        if looks > 2:
+            await trio.sleep_forever()
+        return HttpResponse(503)
+
+    short = {"server_ready_max_attempts": 1, "server_ready_delay_sec": 1}
+    async with serving(first_busy_then_silent) as url, EndpointServer(config(url, **short)) as server:
+        with pytest.raises(ServerError, match="status 503"):
+            await server.wait_ready()
+
+
+async def test_https_at_a_port_that_speaks_http_is_told():
+    short = {"server_ready_max_attempts": 1, "server_ready_delay_sec": 1}
+    async with serving(dummy()) as url, EndpointServer(config(url.replace("http:", "https:"), **short)) as server:
+        with pytest.raises(ServerError, match=r"/v1/models: \S.*SSL"):
+            await server.wait_ready()

@@ -85,6 +85,42 @@ async def test_a_vllm_worker_node_announces_its_address(stand_in, monkeypatch, e
     assert environ.get("VLLM_HOST_IP") == (explicit or await own_address("192.0.2.1"))
 
 
+@pytest.mark.parametrize(
+    ("model_kwargs", "is_private"),
+    [
+        ({}, True),
+        ({"distributed_executor_backend": "mp", "kv_transfer_config": None}, True),
+        ({"distributed_executor_backend": "ray"}, False),  # its workers on other nodes get the variable too
+        ({"data-parallel-backend": "ray"}, False),
+        ({"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}}, False),
+        ({"kv_transfer_config.kv_connector": "MooncakeStoreConnector"}, False),  # names of more than 36 characters
+    ],
+)
+async def test_vllms_sockets_are_in_a_folder_that_goes_with_the_attempt(stand_in, model_kwargs, is_private):
+    config = InferenceConfig("vllm", "m", executable=stand_in(60), model_kwargs=model_kwargs, shutdown_grace_sec=1)
+    async with VLLMServer(config) as server:
+        _, environ = await until_given(server)
+        folder = environ.get("VLLM_RPC_BASE_PATH")
+        assert (folder is not None) == is_private
+        assert folder is None or Path(folder).stat().st_mode & 0o077 == 0
+    assert folder is None or not Path(folder).exists()
+
+
+@pytest.mark.parametrize("kind", ["too long", "not to be written"])
+async def test_vllm_starts_also_where_it_can_have_no_folder_for_its_sockets(stand_in, tmp_path, monkeypatch, kind):
+    folder = tmp_path / ("x" * 90 if kind == "too long" else "r")
+    folder.mkdir(mode=0o700)
+    (folder / "ports").mkdir()
+    if kind != "too long":
+        (folder / "sockets").write_text("")
+    monkeypatch.setenv("TRINFER_RUNTIME_DIR", str(folder))
+    config = InferenceConfig("vllm", "m", executable=stand_in(60), transport="tcp", shutdown_grace_sec=1)
+    async with VLLMServer(config) as server:
+        _, environ = await until_given(server)
+    assert "VLLM_RPC_BASE_PATH" not in environ
+    assert server.failure is None
+
+
 async def test_two_sglang_engines_on_one_machine_get_ports_of_their_own(stand_in):
     config = InferenceConfig("sglang", "m", executable=stand_in(60), shutdown_grace_sec=1, gpus=(2, "GPU-77"))
     async with SGLangServer(config) as first, SGLangServer(config) as second:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
+import resource
 import socket
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
@@ -479,3 +481,30 @@ async def test_cancelling_closes_listeners_and_connections_and_leaves_no_task():
                 assert await stream.receive_some(1) == b""
     with pytest.raises(OSError, match="connect"):
         await trio.open_tcp_stream("127.0.0.1", port)
+
+
+async def test_clients_that_take_the_last_file_descriptors_are_served_all_the_same(caplog):
+    # Clients in the same process, as those of the embedded engine are: each holds a connection before any is accepted.
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    streams: list[socket.socket] = []
+    async with serving_on(echo) as port:
+        await trio.testing.wait_all_tasks_blocked()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, before[1]))
+        try:
+            with suppress(OSError):
+                while True:
+                    client = socket.socket()
+                    streams.append(client)
+                    client.connect(("127.0.0.1", port))
+                    client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert len(streams) >= 10
+            with trio.fail_after(5):
+                for client in streams:
+                    trio_client = trio.socket.from_stdlib_socket(client)
+                    client.setblocking(False)
+                    assert (await trio_client.recv(4096)).startswith(b"HTTP/1.1 200")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            for client in streams:
+                client.close()
+    assert len([each for each in caplog.records if "Too many open files" in each.message]) == 1  # no flood

@@ -114,6 +114,40 @@ async def test_a_stream_without_done_ends_with_its_body():
         assert await collect(origin) == [{"n": 1}]
 
 
+UNENDED = {"n": 2, "text": "ünï"}
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r"])
+@pytest.mark.parametrize("last", [DONE.strip(), event(UNENDED).strip()], ids=["done", "event"])
+async def test_a_last_event_without_an_empty_line_counts(last, end):
+    expected = [{"n": 1}] if last == DONE.strip() else [{"n": 1}, UNENDED]
+    for script in (
+        [HEAD + chunk(event({"n": 1})) + chunk(last + end) + END],
+        [b"HTTP/1.0 200 OK\r\n\r\n" + event({"n": 1}) + last + end, None],
+    ):
+        async with serving(Scripted(script)) as origin:
+            assert await collect(origin) == expected
+
+
+@pytest.mark.parametrize("cut", range(7, len(event(UNENDED)) - 2, 5))
+async def test_a_stream_that_ends_by_closing_and_is_cut_in_an_event_is_lost(cut):
+    head = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+    async with serving(Scripted([head + event({"n": 1}), 0.02, event(UNENDED)[:cut], None])) as origin:
+        with pytest.raises(ConnectionLost, match=r"in the middle of an event.*after 1 events") as caught:
+            await collect(origin)
+        assert caught.value.came == [{"n": 1}]
+
+
+@pytest.mark.parametrize("body", [b": ping\n\n", b'{"error": "no"}', b"\n"], ids=["comment", "json", "nothing"])
+async def test_a_stream_without_any_event_is_an_error(body):
+    # Without a content type, such an answer is only known by what is in it.
+    async with serving(
+        Scripted([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(body) + END])
+    ) as origin:
+        with pytest.raises(ProtocolError, match="without a single event"):
+            await collect(origin)
+
+
 @pytest.mark.parametrize("way", ["break", "close", "with", "cancel", "raise"])
 async def test_leaving_early_closes_the_connection(way):
     server = Scripted([HEAD + chunk(event({"n": 1})), 9.0])

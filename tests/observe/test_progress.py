@@ -59,6 +59,18 @@ def test_lines_come_now_and_then_with_rate_and_time_left(monkeypatch, capsys):
     )
 
 
+def test_neither_the_start_of_the_engine_nor_earlier_sessions_count_for_the_time_left(monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    lines = LineProgress(total_bytes=2000)
+    made = summary(ok=50)
+    made.ready_after, made.skipped = 300.0, 50
+    made.bytes_read += 500
+    clock[0] += 310.0
+    lines.update(made)
+    assert capsys.readouterr().err.endswith("50 done before  100 rows, 0:00:20 left\n")
+
+
 def test_without_a_known_size_there_is_no_time_left(monkeypatch, capsys):
     clock = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
@@ -91,9 +103,10 @@ def test_a_bar_shows_counts_and_is_gone_afterwards(monkeypatch, capsys, total):
         clock[0] += 0.1
         bar.update(summary(ok=5))
     err = capsys.readouterr().err
-    assert " 3 rows" in err
-    assert " 4 rows" not in err
-    assert " 5 rows" in err
+    assert "3 rows  " in err
+    assert "4 rows  " not in err
+    assert "5 rows  " in err
+    assert ("5 rows, 0:00:00 left" in err) == bool(total)
 
 
 def test_what_the_engine_is_doing_is_said_while_nothing_else_happens(monkeypatch, capsys):

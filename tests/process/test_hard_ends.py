@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -83,11 +84,117 @@ async def test_processes_without_a_marker_go_with_a_lost_guard():
         assert [pid for pid in tree if start_time(pid) is not None] == []
 
 
+CHAIN = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+while True:
+    if os.fork(): os._exit(0)
+    time.sleep(0.003)
+"""
+
+
+@pytest.mark.parametrize("attempt", range(5))
+async def test_processes_that_fork_and_exit_all_the_time_go_with_a_lost_guard(attempt):
+    """Whoever goes through a list of processes finds the parent gone, and the child not on the list."""
+    async with trio.open_nursery() as nursery:
+        guarded = await start(nursery, [sys.executable, "-I", "-S", "-c", CHAIN], grace=30)
+        await trio.sleep(0.05)
+        os.kill(guarded._inner_pid, signal.SIGSTOP)
+        os.kill(guarded.process.pid, signal.SIGKILL)
+        os.kill(guarded._inner_pid, signal.SIGKILL)
+        with trio.fail_after(10):
+            outcome = await guarded.wait()
+        assert outcome.guard_lost
+        assert outcome.survivors == ()
+        for _ in range(3):
+            assert spawn.marked_processes(guarded._marker) == []
+            await trio.sleep(0.01)
+
+
 def _has_environment(pid: int) -> bool:
     try:
         return bool(Path(f"/proc/{pid}/environ").read_bytes())
     except OSError:
         return False
+
+
+HOLDS_SHARED_MEMORY = """
+import multiprocessing, signal, time
+from multiprocessing.shared_memory import SharedMemory
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+memory = SharedMemory(create=True, size=1_000_000)
+lock = multiprocessing.get_context("spawn").Lock()
+print(memory.name, "sem." + lock._semlock.name.lstrip("/"), flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("lost", ["nothing", "the inner guard"])
+async def test_shared_memory_of_a_killed_engine_is_removed(lost):
+    """vLLM's processes talk through some of it; after enough crashes, the machine would have no memory left."""
+    said: list[bytes] = []
+    async with trio.open_nursery() as nursery:
+        run = partial(
+            run_guarded,
+            [sys.executable, "-c", HOLDS_SHARED_MEMORY],
+            grace=0.2,
+            marker={"TRINFER_TEST_TREE": new_mark()},
+            on_output=said.append,
+        )
+        guarded = await nursery.start(run)
+        with trio.fail_after(10):
+            while b"\n" not in b"".join(said):
+                await trio.sleep(0.01)
+        held = set(b"".join(said).decode().split())
+        assert held <= set(os.listdir("/dev/shm"))
+        began = trio.current_time()
+        if lost == "nothing":
+            guarded.stop()
+        else:
+            os.kill(guarded._inner_pid, signal.SIGKILL)
+        await guarded.wait()
+    assert trio.current_time() - began < 0.2 + guard.TRACKER_WAIT
+    # By their names: other tests hold some of their own meanwhile, in another process.
+    assert not held & set(os.listdir("/dev/shm"))
+
+
+async def test_a_process_that_calls_itself_a_tracker_gains_little():
+    code = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x', flush=True); time.sleep(1000)"
+    )
+    said: list[bytes] = []
+    async with trio.open_nursery() as nursery:
+        command = [sys.executable, "-I", "-S", "-c", code, guard.TRACKER.decode()]
+        mark = {"TRINFER_TEST_TREE": new_mark()}
+        guarded = await nursery.start(partial(run_guarded, command, grace=0.1, marker=mark, on_output=said.append))
+        with trio.fail_after(10):
+            while not said:
+                await trio.sleep(0.01)
+        began = trio.current_time()
+        guarded.stop()
+        await guarded.wait()
+    assert trio.current_time() - began < 0.1 + guard.TRACKER_WAIT + 0.2
+
+
+def test_no_command_line_is_read_whose_process_may_hang_in_the_kernel(monkeypatch):
+    """Such a process may hold the lock of its memory, and who reads hangs with it, before anything was killed."""
+    read: list[str] = []
+
+    def reads(path, *args, **options):
+        read.append(path)
+        return open(path, *args, **options)
+
+    monkeypatch.setattr(guard, "open", reads, raising=False)
+    code = "import sys, threading, time\nif {threads}: threading.Thread(target=time.sleep, args=(99,)).start()\n"
+    code += "print(flush=True); time.sleep(99)"
+    found = []
+    for threads in (False, True):
+        command = [sys.executable, "-I", "-S", "-c", code.format(threads=threads), guard.TRACKER.decode()]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            process.stdout.read(1)
+            found.append((guard._is_tracker(process.pid), f"/proc/{process.pid}/cmdline" in read))
+            process.kill()
+    assert found == [(True, True), (False, False)]
 
 
 async def test_a_guard_that_never_says_a_word_is_got_rid_of(monkeypatch, tmp_path):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from trinfer.errors import ConfigError
+from trinfer.process.addresses import runtime_dir
+from trinfer.process.identity import pid_space
 from trinfer.process.ledger import Entry, Ledger, entries
 
 ENTRY = Entry("id1", "12-34", "vllm", 0, "m", "ready", "/s", "", 1.0)
@@ -64,6 +67,28 @@ def test_a_full_disk_is_logged_once_and_breaks_nothing(small_disk, monkeypatch, 
     assert entries() == []
     assert os.listdir(small_disk / "run" / "ledger") == []
     ledger.remove()
+
+
+def test_half_an_entry_does_not_replace_a_whole_one(small_disk, monkeypatch, caplog):
+    monkeypatch.setenv("TRINFER_RUNTIME_DIR", str(small_disk / "run"))
+    ledger = Ledger()
+    ledger.write(ENTRY)
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(b"x" * 4096)
+    os.truncate(small_disk / "filler", (small_disk / "filler").stat().st_size - 4096)  # room for one block
+    ledger.write(replace(ENTRY, processes=[[number, 123456789] for number in range(1000)]))
+    assert "No space left on device" in caplog.text
+    assert [entry for _, entry in entries()] == [ENTRY]
+    ledger.remove()
+
+
+def test_entries_of_other_hosts_are_left_out():
+    for space in ("", pid_space(), "another host"):
+        Ledger().write(replace(ENTRY, server=f"in {space[:7]}", space=space))
+    assert len(entries()) == 2
+    Ledger().sweep()  # the owners of two of them are gone
+    assert [path.name for path in (runtime_dir() / "ledger").iterdir()] == ["in another.json"]
 
 
 def test_a_folder_that_is_not_private_is_not_used(own_runtime, caplog):

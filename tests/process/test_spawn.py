@@ -6,6 +6,8 @@ import os
 import py_compile
 import signal
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import trio
 from tests.engine_configs import fake_command
 from tests.process.trees import new_mark, survivors
 from trinfer.process import guard, spawn
+from trinfer.process.identity import start_time
 from trinfer.process.spawn import EngineExit, SpawnError, Survivor, run_guarded
 
 TREE = ("--children", "1", "--own-session", "--daemon", "--respawning", "--stopped", "--never-ready")
@@ -120,9 +123,11 @@ async def test_a_missing_working_directory_is_told():
 
 
 async def test_a_stop_ends_the_whole_tree_quickly(guarded):
-    process = await guarded.start(fake_command(*TREE, address=("--port", "1")), grace=5)
+    # Without the one that forks its successor for ever, which takes as long as the grace period does.
+    options = [option for option in TREE if option != "--respawning"]
+    process = await guarded.start(fake_command(*options, address=("--port", "1")), grace=5)
     with trio.fail_after(5):
-        while len(process.tree()) < 6:
+        while sorted(map(state_of, process.tree())) != ["S", "S", "S", "S", "T", "Z"]:  # Z: who has forked the daemon
             await trio.sleep(0.01)
     began = trio.current_time()
     process.stop()
@@ -143,6 +148,40 @@ async def test_a_deaf_tree_goes_after_the_grace_period(guarded):
     outcome = await process.wait()
     assert 0.5 <= trio.current_time() - began <= 0.5 + 0.2 + 0.3  # the bound of 0.2 s is measured in benchmarks
     assert outcome.returncode == -9
+
+
+async def test_a_process_that_forks_its_successor_for_ever_goes_after_the_grace_period(guarded):
+    process = await guarded.start(fake_command("--respawning", address=("--port", "1")), grace=1.0)
+    with trio.fail_after(5):
+        while not (len(process.tree()) == 2 and all(hears_sigterm(pid) for pid in process.tree())):
+            await trio.sleep(0.01)
+    before = set(process.tree())
+    began = trio.current_time()
+    process.stop()
+    await trio.sleep(0.3)
+    # A look that comes late, on a busy machine, must still fall into the grace period.
+    assert process.tree()
+    assert not before & set(process.tree())
+    await process.wait()
+    assert 1.0 <= trio.current_time() - began <= 1.0 + 0.2 + 0.3
+    assert survivors(guarded.mark) == []
+
+
+def state_of(pid: int) -> str:
+    """One letter, as ps shows it; Z for a process that has gone meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "Z"
+
+
+def hears_sigterm(pid: int) -> bool:
+    """Whether it has a handler already: before that, SIGTERM ends it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) & 1 << (signal.SIGTERM - 1))
 
 
 async def test_a_second_word_cuts_the_grace_short(guarded):
@@ -223,6 +262,31 @@ async def test_two_at_a_time_do_not_hold_each_others_lifelines(guarded):
         await first.wait()
     assert second.exit is None
     assert Path(f"/proc/{second.engine_pid}").exists()
+
+
+async def test_the_tree_may_be_looked_at_from_several_threads(guarded, monkeypatch):
+    running = await guarded.start(fake_command("--children", "20", "--never-ready", address=("--port", "1")))
+
+    def slow(pid: int) -> int | None:
+        time.sleep(0.002)  # the system is asked, and another thread has its turn
+        return start_time(pid)
+
+    monkeypatch.setattr(spawn, "start_time", slow)
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            running.tree()
+            running._known.clear()  # as if all of them were new the next time
+
+    guarded.nursery.start_soon(trio.to_thread.run_sync, look)
+    await trio.sleep(0.2)
+    give_up = time.monotonic() + 0.7
+    try:
+        while time.monotonic() < give_up:
+            running.known()
+    finally:
+        done.set()
 
 
 def test_survivors_are_named():

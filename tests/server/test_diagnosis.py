@@ -225,6 +225,12 @@ LINES = [
         "transformers",
         "ImportError: Missing dependencies for serving. Install with `pip install transformers[serving]`",
     ),
+    (
+        "missing-dependency",
+        "transformers",
+        "ValueError: Using a `device_map`, `tp_plan`, `torch.device` context manager or setting "
+        "`torch.set_default_device(device)` requires `accelerate`. You can install it with `pip install accelerate`",
+    ),
     ("missing-dependency", "vllm", "RuntimeError: operator torchvision::nms does not exist"),
     (
         "missing-dependency",

@@ -129,3 +129,29 @@ async def test_an_observer_that_raises_harms_nobody(caplog):
     lifecycle.stop("left")
     assert len(seen) == 3
     assert caplog.text.count("an observer of its states has failed") == 3
+
+
+async def test_an_observer_may_begin_a_drain_and_the_others_hear_of_it_in_order():
+    lifecycle = Lifecycle("test")
+    seen: list[ServerState] = []
+
+    def drain(transition: Transition) -> None:
+        if transition.after is ServerState.READY:
+            lifecycle.drain("enough")
+
+    lifecycle.observers.extend([drain, lambda transition: seen.append(transition.after)])
+    lifecycle.start()
+    lifecycle.ready()
+    assert lifecycle.state is ServerState.DRAINING
+    assert seen == [ServerState.STARTING, ServerState.READY, ServerState.DRAINING]
+
+
+async def test_observers_of_a_second_life_see_nothing_of_the_first():
+    lifecycle = Lifecycle("test")
+    lifecycle.start()
+    lifecycle.fail(ServerError("it broke"))
+    lifecycle.stop("left")
+    seen: list[tuple[object, bool]] = []
+    lifecycle.observers.append(lambda _: seen.append((lifecycle.failure, lifecycle.is_down)))
+    lifecycle.start()
+    assert seen == [(None, False)]

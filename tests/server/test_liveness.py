@@ -44,6 +44,14 @@ STORIES = {
         # of each minute, 50 seconds are seen with requests at both ends
         355,
     ),
+    "looks at the counters are rarer than looks": (
+        [Signs(at, 8, 3, 100.0 if at % 5 == 0 else None, True) for at in range(310)],
+        300,
+    ),
+    "looks at the CPU are rarer than looks": (
+        [Signs(at, 1, 0, cpu=12.5 if at % 5 == 0 else None) for at in range(310)],
+        300,
+    ),
     "an engine without counters whose processes sleep": (every(5, 310, in_flight=1, received=0, cpu=12.5), 300),
 }
 GOOD_STORIES = {
@@ -54,6 +62,10 @@ GOOD_STORIES = {
     ),
     "saturated: answers come, one in four minutes": (
         every(5, 3600, in_flight=500, received=lambda at: int(at / 240), counters=None, has_counters=True),
+        "busy",
+    ),
+    "an engine without counters that computes, looked at now and then": (
+        [Signs(at, 1, 0, cpu=at / 2 if at % 5 == 0 else None) for at in range(3601)],
         "busy",
     ),
     "an engine without counters that computes": (every(5, 3600, in_flight=1, received=0, cpu=lambda at: at), "busy"),
@@ -81,6 +93,24 @@ def test_work_is_left_alone(name):
     assert Verdict.WEDGED not in verdicts
     assert Verdict.UNHEALTHY not in verdicts
     assert verdicts[-1].value == last
+
+
+def refusing(step: float, until: float) -> Verdict:
+    """The last verdict on an engine that answers four times a second with an error."""
+    rows = every(step, until, in_flight=0, received=lambda at: int(4 * at), refused=lambda at: int(4 * at))
+    return judge(*rows)[-1]
+
+
+def test_an_engine_that_only_fails_is_useless_after_a_while():
+    assert refusing(1, 299) is Verdict.IDLE
+    assert refusing(1, 302) is Verdict.USELESS
+    mixed = every(1, 3000, in_flight=3, received=lambda at: int(4.01 * at), refused=lambda at: int(4 * at))
+    assert Verdict.USELESS not in judge(*mixed)  # a good answer in a hundred seconds
+    bursts = every(1, 400, in_flight=2, received=lambda at: 8 * int(at / 30), refused=lambda at: 8 * int(at / 30))
+    assert judge(*bursts)[330] is Verdict.USELESS
+    rare = every(1, 3000, in_flight=0, received=lambda at: int(at / 600), refused=lambda at: int(at / 600))
+    assert set(judge(*rare)) == {Verdict.IDLE}
+    assert Verdict.USELESS not in judge(*every(1, 900, in_flight=0, received=int, refused=int), stall=None)
 
 
 def test_three_failed_probes_in_a_row_are_an_end_and_two_are_none():

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import trio
@@ -28,8 +34,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 class Own(InferenceServer):
     engine_name = "own"
-    command: list = []  # noqa: RUF012  # set by each test
-    options: dict = {}  # noqa: RUF012
+    # One for the whole class, as each test sets them anew.
+    command: ClassVar[list] = []
+    options: ClassVar[dict] = {}
 
     async def start_server(self):
         return await self.spawn(self.command, **self.options)
@@ -42,6 +49,7 @@ class Own(InferenceServer):
     ("command", "options", "words"),
     [
         ([], {}, "empty command"),
+        (["", "x"], {}, "the name of the program is empty"),
         (["sleep", 5], {}, "argument 1 is 5, a int"),
         (["sleep", "5"], {"env": {"A": 1}}, "environment variable 'A' is 1, a int"),
         (["sleep", "a\0b"], {}, "argument 1 holds a NUL byte"),
@@ -157,6 +165,131 @@ async def test_threads_of_the_user_do_not_keep_trinfers_from_working():
                 await server.wait_ready()
 
 
+async def test_threads_of_the_user_do_not_hide_a_wedge():
+    config = fake_config("--wedge-after", "0", "--no-metrics", max_restarts=0, stall_timeout=0.5)
+    async with CustomServer(config) as server, trio.open_nursery() as nursery:
+        await server.wait_ready()
+        done = threading.Event()
+        for _ in range(int(trio.to_thread.current_default_thread_limiter().total_tokens) + 5):
+            nursery.start_soon(trio.to_thread.run_sync, done.wait)
+        try:
+            with trio.fail_after(3), pytest.raises(ServerError, match="the engine is wedged"):
+                await server.make_request(CHAT)
+        finally:
+            done.set()
+
+
+async def test_a_body_that_blocks_does_not_make_the_engine_look_wedged():
+    config = fake_config("--latency", "0.6", "--no-metrics", max_restarts=1, stall_timeout=1.5)
+    async with CustomServer(config) as server, trio.open_nursery() as nursery:
+        await server.wait_ready()
+        nursery.start_soon(server.make_request, CHAT)
+        await trio.sleep(0.4)  # the watch has seen the request
+        time.sleep(1.8)  # see above; the answer comes meanwhile
+        await trio.sleep(0.3)
+        assert server.crash_reports == ()
+
+
+@pytest.fixture
+def few_descriptors():
+    """A call that takes all file descriptors, and one that gives them back."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+
+    def take() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+
+    def give_back() -> None:
+        while taken:
+            os.close(taken.pop())
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    yield take, give_back
+    give_back()
+
+
+@pytest.mark.parametrize("idle_probe_sec", [None, 0.1])
+async def test_the_owners_lack_of_descriptors_is_not_the_engines_fault(few_descriptors, idle_probe_sec):
+    take, give_back = few_descriptors
+    config = fake_config(probe_interval_sec=0.05, idle_probe_sec=idle_probe_sec, max_restarts=0)
+    async with CustomServer(config) as server:
+        await server.wait_ready()
+        take()
+        await trio.sleep(0.6)  # time for ten probes
+        give_back()
+        assert server.state is ServerState.READY
+        await server.make_request(CHAT)
+
+
+async def test_a_full_disk_under_the_runtime_folder_is_named(small_disk, monkeypatch):
+    run = small_disk / "run"
+    (run / "ports").mkdir(mode=0o700, parents=True)
+    run.chmod(0o700)
+    subprocess.run(["mount", "-o", "remount,nr_inodes=4", str(small_disk)], check=True)
+    monkeypatch.setenv("TRINFER_RUNTIME_DIR", str(run))
+    (run / "the-last-inode").touch()
+    async with CustomServer(fake_config()) as server:
+        with pytest.raises(ServerError, match=r"address could not be leased: .*No space left on device") as caught:
+            await server.wait_ready()
+        assert "TRINFER_RUNTIME_DIR" in caught.value.advice
+
+
+async def test_a_look_at_the_engine_that_fails_is_not_the_last_one(caplog):
+    class Fragile(CustomServer):
+        looks = 0
+
+        def health_watch(self, attempt, link):
+            watch = super().health_watch(attempt, link)
+            look = watch._look
+
+            async def fail_at_first():
+                self.looks += 1
+                if self.looks <= 3:
+                    raise RuntimeError("can't start new thread")
+                return await look()
+
+            watch._look = fail_at_first
+            return watch
+
+    async with Fragile(fake_config("--wedge-after", "0", max_restarts=0, stall_timeout=0.5)) as server:
+        with trio.fail_after(5), pytest.raises(ServerError, match="the engine is wedged"):
+            await server.make_request(CHAT)
+    assert caplog.text.count("looking whether it is healthy has failed") == 1
+
+
+async def test_an_entry_in_the_ledger_that_cannot_be_made_ends_no_engine(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("trinfer.server.registration.EVERY", 0.05)
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    async with CustomServer(fake_config(server_log_folder="logs")) as server:
+        await server.wait_ready()
+        shutil.rmtree(folder)  # a relative path has no absolute form any more
+        await trio.sleep(0.1)
+        await server.make_request(CHAT)
+        monkeypatch.setattr("trinfer.server.registration.pid_space", lambda: {}["nothing"])
+        await trio.sleep(0.3)
+        await server.make_request(CHAT)
+    assert caplog.text.count("the ledger's entry could not be brought up to date") == 1
+
+
+async def test_dropped_events_leave_nothing_behind():
+    server = CustomServer(fake_config())
+    before = len(server.lifecycle.observers)
+    kept = server.events()
+    for _ in range(100):
+        server.events()  # as somebody does who looks for news once a second
+    gc.collect()
+    assert len(server.lifecycle.observers) == before + 1
+    async with server:
+        pass
+    assert [event.after async for event in kept] == [ServerState.STARTING, ServerState.STOPPED]
+    assert len(server.lifecycle.observers) == before
+
+
 async def test_events_of_a_life_that_is_over_end_at_once():
     async with CustomServer(fake_config()) as server:
         await server.wait_ready()
@@ -178,6 +311,72 @@ async def test_a_log_on_a_disk_that_hangs_does_not_hold_up_the_end(tmp_path, mon
         reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)  # lets the thread go
         time.sleep(0.1)
         os.close(reader)
+
+
+async def test_a_body_that_changes_the_working_directory_takes_the_log_nowhere_else(tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    with contextlib.chdir(tmp_path):
+        async with CustomServer(fake_config(server_log_folder="logs")) as server:
+            await server.wait_ready()
+            os.chdir("elsewhere")
+            server.log.feed(b"last words\n")
+        assert "last words" in (tmp_path / "logs" / "server_rank_0.log").read_text()
+        assert not list((tmp_path / "elsewhere").iterdir())
+
+
+async def test_an_engine_that_goes_into_the_background_is_told_to_stay():
+    command = ["sh", "-c", "setsid sleep 60 --port {port} & exit 0"]
+    async with CustomServer(
+        InferenceConfig("custom", "m", model_kwargs={"server_command": command}, server_start_max_retries=0)
+    ) as server:
+        with pytest.raises(ServerError, match="exit code 0") as caught:
+            await server.wait_ready()
+        assert "background" in str(caught.value.cause)
+        assert "foreground" in str(caught.value.advice)
+
+
+async def test_an_engine_of_ones_own_is_told_its_key_by_the_environment_alone():
+    show = 'echo "key: $TRINFER_API_KEY, port {port}"; exit 1'
+    command = ["sh", "-c", show]
+    config = InferenceConfig(
+        "custom", "m", model_kwargs={"server_command": command}, api_key="s3cret", server_start_max_retries=0
+    )
+    async with CustomServer(config) as server:
+        with pytest.raises(ServerError):
+            await server.wait_ready()
+        assert server.log.tail()[0].startswith("key: s3cret, port ")
+
+
+@pytest.mark.parametrize("is_ready", [True, False])
+async def test_requests_from_another_event_loop_are_refused_and_do_not_hang(is_ready):
+    async def ask(server: InferenceServer, how: str) -> None:
+        with trio.fail_after(5):
+            if how == "stream":
+                async for _ in server.stream_request(CHAT):
+                    pass
+            else:
+                await {
+                    "chat": lambda: server.make_request(CHAT),
+                    "other": lambda: server.request("/v1/embeddings", {}),
+                    "wait": server.wait_ready,
+                }[how]()
+
+    def elsewhere(server: InferenceServer, how: str) -> None:
+        trio.run(ask, server, how)
+
+    async with CustomServer(fake_config() if is_ready else fake_config("--never-ready")) as server:
+        if is_ready:
+            await server.make_request(CHAT)
+        for how in ["chat", "stream", "other", *([] if is_ready else ["wait"])]:
+            with pytest.raises(RuntimeError, match=r"runs in another trio.run\(\)"):
+                await trio.to_thread.run_sync(elsewhere, server, how)
+        assert server.requests_in_flight == 0
+        if is_ready:  # the right way
+
+            def from_here() -> str:
+                return text_of(trio.from_thread.run(server.make_request, CHAT))
+
+            assert await trio.to_thread.run_sync(from_here)
 
 
 # -- draining ---------------------------------------------------------------------------------------------------------
@@ -213,8 +412,7 @@ async def test_a_drain_waits_for_streams(when):
         chunks = []
 
         async def ask() -> None:
-            async for chunk in server.stream_request(CHAT):
-                chunks.append(chunk)  # noqa: PERF401  # one by one
+            chunks.extend([chunk async for chunk in server.stream_request(CHAT)])
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)

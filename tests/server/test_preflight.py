@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from dataclasses import replace
 
 import pytest
 import trio
@@ -102,6 +104,15 @@ def test_offline_without_the_model(tmp_path):
     os.environ["HF_HOME"], before = str(tmp_path), os.environ.get("HF_HOME")
     try:
         assert levels(thorough(config, None), "HF_HUB_OFFLINE") == ["error"]
+        assert levels(preflight.preflight(config), "HF_HUB_OFFLINE") == ["error"]
+        elsewhere = [
+            replace(config, server_type="llamacpp"),
+            replace(config, model_kwargs={"download-dir": "/models"}),
+            replace(config, env={**config.env, "VLLM_USE_MODELSCOPE": "1"}),
+            replace(config, model_name_or_path="s3://bucket/org/name"),
+        ]
+        for other in elsewhere:
+            assert levels(preflight.preflight(other), "HF_HUB_OFFLINE") == []
     finally:
         if before is None:
             del os.environ["HF_HOME"]
@@ -113,6 +124,16 @@ def test_the_machine_has_limits():
     whats = " ".join(found.what for found in inspect_machine())
     assert "open files" in whats
     assert "/dev/shm" in whats
+
+
+@pytest.mark.parametrize("text", ["exit 9", "exec sleep 60"])
+def test_an_nvidia_smi_that_fails_or_hangs_is_told(tmp_path, monkeypatch, text):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{text}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(gpus, "TIMEOUT", 0.3)
+    assert levels(inspect_machine(), "nvidia-smi is there, but it fails or does not answer") == ["warning"]
 
 
 # -- the memory of GPUs between two engines ---------------------------------------------------------------------------
@@ -159,3 +180,53 @@ async def test_memory_that_is_never_free_is_an_error_that_names_who_holds_it(hol
         await crash_holding(holding, server)
         with pytest.raises(ServerError, match=r"GPU memory is still held .*pid \d+ \(state gone\): 4096 MiB"):
             await server.make_request(CHAT)
+
+
+OUT_OF_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB."
+DEVICES = "0, GPU-a, NVIDIA X, 8000, 100, 570.1\n1, GPU-b, NVIDIA X, 8000, 7000, 570.1\n"
+SHORT = ("--print", OUT_OF_MEMORY, "--crash-at", "before-bind")
+
+
+async def test_a_lack_of_memory_names_who_else_holds_it(holding, monkeypatch):
+    monkeypatch.setattr("trinfer.server.gpu_release.RELEASE_WAIT", 0.3)
+    # Little is nobody's fault, and a GPU that is not ours is not asked about.
+    holding.write_text(f"{DEVICES}4711, GPU-a, 7000\n4712, GPU-a, 30\n4713, GPU-b, 7000\n")
+    async with CustomServer(fake_config(*SHORT, gpus=(0,))) as server:
+        with pytest.raises(ServerError) as caught:
+            await server.wait_ready()
+    assert "others hold GPU memory: pid 4711 (state gone): 7000 MiB" in str(caught.value)
+    assert "4712" not in str(caught.value)
+    assert "4713" not in str(caught.value)
+
+
+async def test_the_next_start_waits_for_others_to_leave_but_not_for_ever(holding, tmp_path, monkeypatch):
+    holding.write_text(f"{DEVICES}4711, GPU-a, 7000\n")
+    options = (*SHORT, "--only-first", "1", "--counter", str(tmp_path / "starts"))
+    patience = {"server_start_max_retries": 1, "restart_backoff_max_sec": 0.05}
+    async with CustomServer(fake_config(*options, **patience)) as server, trio.open_nursery() as nursery:
+
+        async def leave() -> None:
+            await trio.sleep(1.5)
+            holding.write_text(DEVICES)
+
+        nursery.start_soon(leave)
+        began = trio.current_time()
+        await server.wait_ready()
+        assert 1.4 <= trio.current_time() - began < 10
+    holding.write_text(f"{DEVICES}4711, GPU-a, 7000\n")
+    monkeypatch.setattr("trinfer.server.gpu_release.RELEASE_WAIT", 0.3)
+    (tmp_path / "starts").unlink()
+    async with CustomServer(fake_config(*options, **patience)) as server:
+        with trio.fail_after(10):
+            await server.wait_ready()  # there may be room enough for two
+
+
+async def test_an_nvidia_smi_that_hangs_in_the_driver_does_not_hold_up_a_restart(monkeypatch):
+    # Nothing that a test can start survives SIGKILL as that one does.
+    monkeypatch.setattr("trinfer.server.gpu_release.has_nvidia_smi", lambda: True)
+    monkeypatch.setattr("trinfer.server.gpu_release.gpu_users", lambda: time.sleep(0.8))
+    monkeypatch.setattr("trinfer.server.gpu_release.LOOK", 0.2)
+    began = trio.current_time()
+    assert await gpu_release.until_released({1}) == []
+    assert trio.current_time() - began < 0.7
+    await trio.sleep(0.8)  # for the thread that was left behind

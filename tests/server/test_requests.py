@@ -8,6 +8,7 @@ import openai
 import pydantic
 import pytest
 import trio
+import trio.testing
 
 from tests.engine_configs import CHAT, fake_config, text_of
 from trinfer import (
@@ -103,6 +104,52 @@ async def test_streams_end_when_the_server_stops():
         nursery.start_soon(listen)
         await server.wait_ready()
         await trio.sleep(0.1)
+
+
+async def test_two_tasks_cannot_wait_for_the_same_stream():
+    async with dummy(model_kwargs={"token_latency": 0.05}) as server:
+        for begun in (False, True):
+            stream = server.stream_request({**CHAT, "max_tokens": 3})
+            if begun:
+                await anext(stream)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_read_to_the_end, stream)
+                await trio.testing.wait_all_tasks_blocked()
+                with pytest.raises(trio.BusyResourceError):
+                    await anext(stream)
+            assert server.requests_in_flight == 0
+        pool = server._link().api.pool
+        assert pool.in_use == 0
+
+
+async def _read_to_the_end(stream):
+    chunks = [chunk async for chunk in stream]
+    assert chunks[-1]["choices"][0]["finish_reason"]
+
+
+@pytest.mark.parametrize("when", ["before the first step", "while it waits for the engine", "while it waits"])
+async def test_a_closed_stream_is_at_its_end(when):
+    load = 0.3 if when == "while it waits for the engine" else 0
+    async with dummy(model_kwargs={"latency": 30, "token_latency": 30, "load_time": load}) as server:
+        stream = server.stream_request(CHAT)
+        seen = []
+
+        async def read() -> None:
+            seen.extend([chunk async for chunk in stream])
+            seen.append("end")
+
+        async with trio.open_nursery() as nursery:
+            if when == "before the first step":
+                stream.close()
+            nursery.start_soon(read)
+            if when == "while it waits":
+                await server.wait_ready()
+            await trio.sleep(0.1)
+            stream.close()
+        assert seen == ["end"]
+        assert server.requests_in_flight == 0
+        if not load:
+            assert server._link().api.pool.in_use == 0
 
 
 async def test_other_routes():

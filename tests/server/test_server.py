@@ -394,6 +394,19 @@ async def test_bugs_of_a_subclass_become_the_servers_failure(where):
         assert server.state is ServerState.FAILED
 
 
+async def test_a_request_under_way_gets_the_cause_of_the_failure_too():
+    class LaterBroken(CustomServer):
+        async def monitor_health(self):
+            await self.wait_ready()
+            await trio.sleep(0.3)
+            raise KeyError("a bug")
+
+    async with LaterBroken(fake_config("--latency", "5")) as server:
+        with pytest.raises(ServerError, match="a bug") as caught:
+            await server.make_request(CHAT)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
 class SlowSpawnServer(MyServer):
     async def start_server(self):
         await trio.sleep_forever()
@@ -470,10 +483,18 @@ PROGRAM = """
 import sys, trio
 from tests.engine_configs import *
 from trinfer import CustomServer
+def ignores_sigterm(server):
+    for guarded in server.current_attempt.processes:
+        with open(f"/proc/{guarded.engine_pid}/status") as status:
+            ignored = next(line.split()[1] for line in status if line.startswith("SigIgn"))
+        return bool(int(ignored, 16) & 1 << 14)
+    return False
 async def main():
     async with CustomServer(fake_config(*sys.argv[2:])) as server:
         if sys.argv[1] == "ready":
             await server.wait_ready()
+        while "--deaf" in sys.argv and not ignores_sigterm(server):  # else it may be gone before the second Ctrl-C
+            await trio.sleep(0.01)
         print("here", flush=True)
         await trio.sleep_forever()
 try:

@@ -27,7 +27,7 @@ from trinfer.process.identity import RUN_VARIABLE, run_id
 from trinfer.process.spawn import marked_processes
 from trinfer.server.lifecycle import ALLOWED, COMING, Transition
 
-HANG = 15.0  # seconds after which something is said to hang: grace is 0.3 s, and no answer takes longer than that
+HANG = 15.0  # seconds after which something is said to hang: grace is 0.1 s, and no answer takes longer than that
 
 STARTS = st.sampled_from(
     [
@@ -85,7 +85,7 @@ class ServerMachine(RuleBasedStateMachine):
             *sorted(tree),
             *("--counter", self.counter),
             *(("--only-first", "1") if recovers else ()),
-            shutdown_grace_sec=0.3,
+            shutdown_grace_sec=0.1,
             server_start_max_retries=uses,
             max_restarts=restarts,
             max_replays=replays,

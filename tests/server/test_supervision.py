@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from tests.engine_configs import CHAT, fake_config, text_of
 from trinfer import (
     CustomServer,
     InferenceConfig,
+    InferenceError,
     RequestError,
     RequestTimeout,
     ServerError,
@@ -78,6 +80,22 @@ async def test_callers_of_an_engine_that_is_killed_see_a_slow_request():
         assert crash.diagnosis is not None
         assert crash.diagnosis.name == "killed"
         assert 0.05 < crash.uptime < 20
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told"), [("|/usr/lib/collect %p\n", "|/usr/lib/collect %p"), ("/cores/core.%p\n", "")]
+)
+async def test_a_report_tells_where_the_core_is(tmp_path, monkeypatch, pattern, told):
+    (tmp_path / "core_pattern").write_text(pattern)
+    monkeypatch.setattr("trinfer.server.reports.CORE_PATTERN", tmp_path / "core_pattern")
+    # A pipe gets a core whatever the limit says, a file does not.
+    monkeypatch.setattr("trinfer.server.reports.resource.getrlimit", lambda _: (0, 0))
+    config = fake_config("--crash-at", "ready:0", "--signal", "SIGSEGV", max_restarts=0)
+    async with CustomServer(config) as server:
+        with pytest.raises(ServerError):
+            await server.make_request(CHAT)
+        [crash] = server.crash_reports
+        assert (crash.signal, crash.core) == ("SIGSEGV", told)
 
 
 async def test_the_budget_holds_and_the_error_tells_the_history():
@@ -185,6 +203,19 @@ async def test_a_stream_that_has_yielded_says_how_far_it_came():
         assert f"after {caught.value.received} events" in str(caught.value)
 
 
+async def test_a_stream_that_has_yielded_says_how_far_it_came_also_when_the_engine_is_down_for_good():
+    async with CustomServer(fake_config("--reset-at", "1", max_restarts=0)) as server:
+        stream = server.stream_request(CHAT)
+        chunks = [await stream.__anext__()]
+        os.kill(engine_pid(server), signal.SIGKILL)
+        with pytest.raises(ServerError, match="the engine ended while serving") as caught:
+            chunks.extend([chunk async for chunk in stream])
+        assert caught.value.received == len(chunks) >= 1
+        with pytest.raises(ServerError) as caught:
+            await server.make_request(CHAT)
+        assert caught.value.received == 0
+
+
 async def test_a_stream_that_has_yielded_nothing_is_sent_again(tmp_path):
     config = fake_config("--crash-at", "request:1", "--counter", str(tmp_path / "n"), "--only-first", "1", **PATIENT)
     async with CustomServer(config) as server:
@@ -230,12 +261,29 @@ async def test_own_requests_of_a_subclass_are_sent_again():
 async def test_what_would_fail_again_is_not_started_again(line, starts, tmp_path):
     counter = tmp_path / "starts"
     config = fake_config(
-        *("--print", line, "--crash-at", "before-bind", "--counter", str(counter)), server_start_max_retries=2
+        *("--print", line, "--crash-at", "before-bind", "--counter", str(counter)),
+        server_start_max_retries=2,
+        restart_backoff_max_sec=0.1,  # bounds the pause after a lack of memory, too
     )
     async with CustomServer(config) as server:
         with pytest.raises(ServerError):
             await server.wait_ready()
     assert counter.stat().st_size == starts
+
+
+async def test_a_first_start_that_lacked_memory_is_tried_again_after_a_pause(tmp_path):
+    line = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    for what, bound in ((line, 0.7), ("something that nobody knows", 0.0)):
+        config = fake_config(
+            *("--print", what, "--fail-starts", "1", "--counter", str(tmp_path / f"starts-{bound}")),
+            server_start_max_retries=1,
+            restart_backoff_max_sec=0.7,
+        )
+        async with CustomServer(config) as server:
+            await server.wait_ready()
+            [crash] = server.crash_reports
+            between = time.time() - crash.at
+            assert bound <= between < bound + 0.6
 
 
 async def test_a_missing_program_is_not_looked_for_again():
@@ -269,12 +317,61 @@ async def test_a_wedged_engine_with_good_health_is_found_and_replaced(options, t
         assert "the engine is wedged: 6 requests under way" in crash.message
 
 
+async def test_an_engine_that_answers_with_errors_only_is_replaced(tmp_path):
+    config = fake_config(
+        *("--status-from", "3", "500", "--counter", str(tmp_path / "n"), "--only-first", "1"),
+        **PATIENT,
+        stall_timeout=1.0,
+        request_max_attempts=1,
+    )
+    async with CustomServer(config) as server:
+        errors = 0
+
+        async def ask_on() -> None:
+            nonlocal errors
+            while server.restarts == 0:
+                with suppress(InferenceError):
+                    await server.make_request(CHAT)
+                    errors -= 1
+                errors += 1
+
+        with trio.fail_after(15):
+            async with trio.open_nursery() as nursery:
+                for _ in range(8):
+                    nursery.start_soon(ask_on)
+            assert text_of(await server.make_request(CHAT)) == "echo: hello"
+        [crash] = server.crash_reports
+        assert "the engine answers with errors only" in crash.message
+        assert errors >= 10
+
+
 @pytest.mark.parametrize("options", [("--work",), ("--no-metrics", "--burn")], ids=["counters", "cpu"])
 async def test_a_slow_engine_is_left_alone(options):
     config = fake_config("--latency", "3", *options, **PATIENT, stall_timeout=1.0)
     async with CustomServer(config) as server:
         assert text_of(await server.make_request(CHAT)) == "echo: hello"
         assert server.restarts == 0
+
+
+async def test_a_stream_that_is_read_slowly_does_not_make_the_engine_look_wedged():
+    async with CustomServer(fake_config(**PATIENT, stall_timeout=0.5)) as server:
+        await server.wait_ready()
+        link = server._supervisor.link
+        assert link is not None
+        async with server.stream_request(CHAT) as stream:
+            await stream.__anext__()
+            await trio.sleep(1.5)
+            assert server.requests_in_flight == 1
+            assert server.restarts == 0
+            assert [chunk async for chunk in stream]
+        assert (link.api.pool.unread, link.api.pool.in_use) == (0, 0)
+
+
+async def test_a_stream_that_falls_silent_shows_a_wedge(tmp_path):
+    config = fake_config("--wedge-after", "0", max_restarts=0, stall_timeout=0.5)
+    async with CustomServer(config) as server:
+        with trio.fail_after(5), pytest.raises(ServerError, match="the engine is wedged: 1 requests under way"):
+            await server.stream_request(CHAT).__anext__()
 
 
 async def test_an_idle_engine_whose_core_is_dead_is_replaced(tmp_path):
@@ -426,6 +523,23 @@ async def test_a_drain_finishes_what_is_under_way_and_refuses_the_rest():
                 await server.make_request(CHAT)
         assert outcomes == {f"request-{n}": f"echo: request-{n}" for n in range(5)}
         assert await server.drain(0)
+
+
+async def test_a_probe_of_our_own_does_not_hold_up_a_drain(tmp_path):
+    probes = tmp_path / "requests"
+    config = fake_config(
+        "--wedge-after", "0", "--aborted-file", str(probes), idle_probe_sec=0.1, probe_interval_sec=0.1
+    )
+    async with CustomServer(config) as server:
+        await server.wait_ready()
+        link = server._supervisor.link
+        assert link is not None
+        with trio.fail_after(5):
+            while not link.api.pool.in_use:
+                await trio.sleep(0.01)
+        assert server.requests_in_flight == 0
+        assert await server.drain(0)
+    assert probes.read_text() == "1\n"
 
 
 async def test_a_drain_gives_up_in_time_and_counts_streams():

@@ -15,7 +15,7 @@ __all__ = ["entered"]
 
 
 @asynccontextmanager
-async def entered(shared: Any) -> AsyncIterator[Mapping[str, Any]]:  # noqa: ANN401  # see the module's docstring
+async def entered(shared: object) -> AsyncIterator[Mapping[str, Any]]:
     """The dict in ``shared``, whatever that is; a context manager is left when the block is.
 
     Raises:
@@ -36,7 +36,7 @@ async def entered(shared: Any) -> AsyncIterator[Mapping[str, Any]]:  # noqa: ANN
         yield _checked(shared)
 
 
-def _checked(value: Any) -> Mapping[str, Any]:  # noqa: ANN401  # see above
+def _checked(value: object) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
+from trinfer.batch.committer import FAILED
 from trinfer.data.records import content_key, numbered, shard_of
 from trinfer.durable.disk import advice_for
 from trinfer.errors import FileError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Container, Iterable
 
     from trinfer.batch.items import Item, Job
+    from trinfer.batch.summary import Summary
     from trinfer.data.records import Raw
     from trinfer.durable.index import Index
 
@@ -26,7 +29,7 @@ class Feed:
 
     Args:
         index: of what is done, and of what was met. It counts equal records.
-        is_done: whether a state of the index means that nothing is left to do.
+        done: states of the index in which nothing is left to do.
         recall: adds to an item what an earlier session has got for it.
     """
 
@@ -36,19 +39,34 @@ class Feed:
         job: Job,
         index: Index,
         *,
-        is_done: Callable[[int], bool] = bool,
+        done: Container[int] = (),
         recall: Callable[[Item], None] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self._records = iter(records)
         self._job, self._index = job, index
-        self._is_done, self._recall = is_done, recall
+        self._done, self._recall = done, recall
         self._rank, self._world_size = rank, world_size
         self.seen = 0
         self.skipped = 0
         self.skipped_bytes = 0
+        self.skipped_failures = 0
         self._peeked: list[Item] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def close(self) -> None:
+        """No more of the index is touched, also by a thread that still reads and that nobody waits for."""
+        with self._lock:
+            self._closed = True
+
+    def tell(self, summary: Summary) -> None:
+        """Pass on what was skipped since the last time."""
+        summary.skipped += self.skipped
+        summary.bytes_read += self.skipped_bytes
+        summary.failed_before += self.skipped_failures
+        self.skipped = self.skipped_bytes = self.skipped_failures = 0
 
     def peek(self) -> bool:
         """Whether there is any item left; reads up to the first. Raises FileError."""
@@ -73,7 +91,10 @@ class Feed:
         batch = []
         size = 0
         for raw in self._records:
-            item = self._item(raw)
+            with self._lock:
+                if self._closed:
+                    return []
+                item = self._item(raw)
             if item is not None:
                 batch.append(item)
                 size += item.size
@@ -92,8 +113,9 @@ class Feed:
         if number:
             key = numbered(key, number)
             known = self._index.see(key)
-        if self._is_done(known.state):
+        if known.state in self._done:
             self.skipped += 1
+            self.skipped_failures += known.state == FAILED
             self.skipped_bytes += raw.size
             return None
         item = self._job.prepare(raw, key, number)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
-from trinfer.batch.items import Generate, Item, Outcome, describe_error, encode
+from trinfer.batch.items import Generate, Item, Outcome, describe_error, encode, generation
+from trinfer.batch.rollouts import rollout_error
 from trinfer.data.documents import Document
 from trinfer.data.records import InvalidRow, Raw, record_id
+from trinfer.durable.frames import LARGEST_BODY
 from trinfer.errors import RolloutError, TrinferError
 from trinfer.results import InferenceResult
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
     RolloutFunction = Callable[..., Awaitable[Any]]
 
-__all__ = ["GenerationJob", "RolloutJob"]
+__all__ = ["GenerationJob", "RolloutJob", "encoded"]
 
 RESULTS = {"generation", "generations", "error"}
 
@@ -30,6 +33,7 @@ class GenerationJob:
     """
 
     read = staticmethod(InferenceResult.from_response)
+    code = ""
 
     def __init__(self, prompts: Prompts, rollouts: int = 1) -> None:
         self._prompts = prompts
@@ -50,8 +54,8 @@ class GenerationJob:
         item.value, item.error = (fields, payload), error
         return item
 
-    async def rollout(self, item: Item, generate: Generate) -> InferenceResult:
-        return await generate(item.value[1])
+    def rollout(self, item: Item, generate: Generate) -> Awaitable[InferenceResult]:
+        return generate(item.value[1])
 
     def finish(self, item: Item, results: list[Any]) -> Outcome:
         output = self._own_fields(item)
@@ -59,7 +63,7 @@ class GenerationJob:
             output["generation"] = generation(results[0])
         else:
             output["generations"] = [generation(result) for result in results]
-        return Outcome(_encoded(item, output))
+        return Outcome(encoded(item, output))
 
     def failed(self, item: Item, error: TrinferError) -> bytes | None:
         try:
@@ -74,35 +78,27 @@ class GenerationJob:
         return output
 
 
-def _encoded(item: Item, output: Mapping[str, Any]) -> bytes:
+def encoded(item: Item, output: Mapping[str, Any]) -> bytes:
     """A line of output.
 
     Raises:
-        RolloutError: it cannot be written as JSON: nested too deeply, a dict that holds itself, ….
+        RolloutError: it cannot be written as JSON (nested too deeply, a dict that holds itself, …), or is huge.
     """
     try:
-        return encode(output)
+        line = encode(output)
     except (ValueError, TypeError, RecursionError) as error:
         raise RolloutError(
             f"{item.place}: the row cannot be written as JSON: {error}",
-            advice="return plain dicts, lists, texts, numbers, booleans and None, and do not nest them too deeply",
+            advice="return generations, dicts, lists, texts, numbers, booleans and None, and nest them not too deeply",
         ) from error
-
-
-def generation(result: InferenceResult) -> dict[str, Any]:
-    """A generation as a row of the output tells it."""
-    told: dict[str, Any] = {
-        "text": result.text,
-        "finish_reason": result.finish_reason,
-        "usage": dict(result.usage),
-    }
-    if result.reasoning is not None:
-        told["reasoning"] = result.reasoning
-    if result.tool_calls:
-        told["tool_calls"] = list(result.tool_calls)
-    if result.logprobs is not None:
-        told["logprobs"] = result.logprobs
-    return told
+    except Exception as error:  # of an object that cannot be told
+        raise rollout_error(item, error) from error
+    if len(line) > LARGEST_BODY:
+        raise RolloutError(
+            f"{item.place}: the row has {len(line)} bytes, and at most {LARGEST_BODY} can be kept",
+            advice="return less, such as the path of a file that the rollout has written",
+        )
+    return line
 
 
 class RolloutJob:
@@ -111,6 +107,7 @@ class RolloutJob:
     Args:
         context: passed on to the function, as keywords.
         text_field: where records of the input have their text.
+        code: stands for the function's code.
     """
 
     keeps_calls = True
@@ -124,8 +121,9 @@ class RolloutJob:
         metadata_key: str = "rollout_results",
         context: Mapping[str, Any] | None = None,
         text_field: str = "text",
+        code: str = "",
     ) -> None:
-        self._function, self.rollouts = function, rollouts
+        self._function, self.rollouts, self.code = function, rollouts, code
         self._metadata_key, self._text_field = metadata_key, text_field
         self.context: Mapping[str, Any] = context or {}
 
@@ -141,20 +139,23 @@ class RolloutJob:
             item.error = InvalidRow(f"{raw.place}: {error}")
         return item
 
-    async def rollout(self, item: Item, generate: Generate) -> Any:  # noqa: ANN401  # the user's
-        return await self._function(item.value, generate, **self.context)
+    def rollout(self, item: Item, generate: Generate) -> Awaitable[Any]:
+        result = self._function(item.value, generate, **self.context)
+        if not inspect.isawaitable(result):
+            raise TypeError(f"the rollout function gives a {type(result).__name__}: it must be `async def`, and return")
+        return result
 
     def finish(self, item: Item, results: list[Any]) -> Outcome:
-        told = [_as_json(result) for result in results if result is not None]
+        told = [result for result in results if result is not None]
         if not told:
             return Outcome(None)
         document: Document = item.value
-        document.metadata[self._metadata_key] = told
-        return Outcome(_encoded(item, document.to_dict()))
+        try:  # the rollout may have put anything in the place of its parts
+            document.metadata[self._metadata_key] = told
+            fields = document.to_dict()
+        except Exception as error:
+            raise rollout_error(item, error) from error
+        return Outcome(encoded(item, fields))
 
     def failed(self, item: Item, error: TrinferError) -> bytes | None:
         return None
-
-
-def _as_json(result: Any) -> Any:  # noqa: ANN401  # a JSON value or an InferenceResult
-    return generation(result) if isinstance(result, InferenceResult) else result

@@ -6,12 +6,12 @@ run-batch`` reads and writes the same).
 
 from __future__ import annotations
 
-import uuid
 from typing import TYPE_CHECKING, Any
 
-from trinfer.batch.items import Generate, Item, Outcome, encode
+from trinfer.batch.items import Generate, Item, Outcome, batch_id, batch_line, encode, request_id
+from trinfer.batch.jobs import encoded
 from trinfer.data.records import InvalidRow, Raw, record_id
-from trinfer.errors import ProtocolError, RequestError, TrinferError
+from trinfer.errors import ProtocolError, TrinferError
 from trinfer.results import InferenceResult
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class BatchFileJob:
 
     rollouts = 1
     keeps_calls = False
+    code = ""
 
     def __init__(self, model: str | None = None) -> None:
         self._model = model
@@ -52,8 +53,7 @@ class BatchFileJob:
         try:
             return InferenceResult.from_response(response)
         except ProtocolError:
-            usage = response.get("usage")
-            return InferenceResult("", usage=usage if isinstance(usage, dict) else {}, raw=response)
+            return InferenceResult("", usage=_usage(response.get("usage")), raw=response)
 
     def prepare(self, raw: Raw, key: bytes, number: int) -> Item:
         item = Item(key, record_id(key, number), raw.place, raw.size)
@@ -79,41 +79,37 @@ class BatchFileJob:
         body = dict(fields["body"])
         if body.pop("stream", None):
             raise InvalidRow(f"{place}: the body asks for a stream, which a batch has not")
-        if self._model and body.get("model") not in {None, self._model}:
-            raise InvalidRow(f"{place}: the model {body['model']!r} is not the one that runs: {self._model!r}")
+        model = body.get("model")
+        if model is None:
+            body.pop("model", None)  # for the server to fill in
+        elif self._model and model != self._model:
+            raise InvalidRow(f"{place}: the model {model!r} is not the one that runs: {self._model!r}")
         return url, body
 
     async def rollout(self, item: Item, generate: Generate) -> Any:  # noqa: ANN401  # the server's answer
         url, body = item.value
         # The route travels with the payload, up to `Routed`, which sends it.
-        return await generate({ROUTE: url, **body})
+        return await generate({**body, ROUTE: url})
 
     def finish(self, item: Item, results: list[Any]) -> Outcome:
         result = results[0]
-        response = {"status_code": 200, "request_id": _request_id(), "body": dict(result.raw)}
-        return Outcome(encode(_line(item, response, None)))
+        response = {"status_code": 200, "request_id": request_id(), "body": dict(result.raw)}
+        line = {"id": batch_id(item), "custom_id": item.id, "response": response, "error": None}
+        return Outcome(encoded(item, line))
 
     def failed(self, item: Item, error: TrinferError) -> bytes | None:
-        response = None
-        if isinstance(error, RequestError) and error.status is not None:
-            message = error.server_message or error.message
-            body = {"error": {"message": message, "type": type(error).__name__, "param": None, "code": error.status}}
-            request_id = error.request_id or _request_id()
-            response = {"status_code": error.status, "request_id": request_id, "body": body}
-        told = {"code": type(error).__name__, "message": error.message}
-        return encode(_line(item, response, told))
+        return encode(batch_line(item, error))
 
 
 ROUTE = "\0route"  # no JSON field that anybody uses
 
 
-def _line(item: Item, response: dict[str, Any] | None, error: dict[str, Any] | None) -> dict[str, Any]:
-    """A line of output, or of the error file: both have the same form."""
-    return {"id": f"batch_req_{item.key.hex()}", "custom_id": item.id, "response": response, "error": error}
-
-
-def _request_id() -> str:
-    return f"req_{uuid.uuid4().hex}"
+def _usage(usage: Any) -> Mapping[str, Any]:  # noqa: ANN401  # from an answer: anything
+    """Counts by the names that completions use; the responses route has others."""
+    if not isinstance(usage, dict):
+        return {}
+    other = {"prompt_tokens": usage.get("input_tokens"), "completion_tokens": usage.get("output_tokens")}
+    return {**other, **usage}
 
 
 class Routed:

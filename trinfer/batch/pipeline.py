@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from trinfer.batch.committer import FAILED, REMOVED, ROW, Committer, failed_body
+from trinfer.batch.committer import FAILED, REMOVED, ROW, VOID, Committer, failed_body
 from trinfer.batch.items import error_line
 from trinfer.batch.rollouts import Requests, run_rollouts
-from trinfer.errors import InferenceError, RunStopped, TrinferError
+from trinfer.batch.waiting import Handover, Turns
+from trinfer.errors import InferenceError, RolloutError, RunStopped, TrinferError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,6 +52,7 @@ async def run_items(
     limits: Limits,
     policy: ErrorPolicy,
     params: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
     summary: Summary,
     progress: Progress | None = None,
     stop: trio.Event | None = None,
@@ -59,6 +61,7 @@ async def run_items(
 
     Args:
         params: generation parameters of every request that does not set them itself.
+        settings: what decides an answer beside the payload; answers that were kept count only for the same.
         summary: filled as the run goes on.
         stop: when it is set, no more items are begun, and those under way are finished.
 
@@ -67,7 +70,7 @@ async def run_items(
 
     Cancelled: requests under way are dropped; what was answered is committed.
     """
-    run = _Run(server, job, target, limits, policy, params, summary)
+    run = _Run(server, job, target, limits, policy, params, settings, summary)
     run.progress = progress
     if stop is not None:
         run.stopping = stop
@@ -83,25 +86,33 @@ class _Run:
         limits: Limits,
         policy: ErrorPolicy,
         params: Mapping[str, Any],
+        settings: Mapping[str, Any] | None,
         summary: Summary,
     ) -> None:
         self._server, self._job, self._policy, self._summary = server, job, policy, summary
         self._limits = limits
         self._committer = Committer(target, self._stop)
         # Where each item has one request at a time, the number of items is limit enough.
-        needs_limiter = job.keeps_calls or limits.documents * job.rollouts > limits.generations
-        limiter = trio.CapacityLimiter(limits.generations) if needs_limiter else None
+        needs_turns = job.keeps_calls or limits.documents * job.rollouts > limits.generations
+        turns = Turns(limits.generations) if needs_turns else None
         self._requests = Requests(
-            server, params, summary, limiter, self._committer if job.keeps_calls else None, job.read
+            server,
+            params,
+            summary,
+            turns,
+            self._committer if job.keeps_calls and target.keeps_calls else None,
+            job.read,
+            settings,
+            remembers=policy.on_error == "retry",
         )
         self.progress: Progress | None = None
         self.stopping = trio.Event()
-        self._failure: TrinferError | None = None
+        self._failure: Exception | None = None
         self._scope = trio.CancelScope()
         self._all_read = False
         self._begun = self._done = 0  # items
 
-    def _stop(self, failure: TrinferError) -> None:
+    def _stop(self, failure: Exception) -> None:
         """The first failure stops the run; those that follow from it are not told."""
         if self._failure is None:
             self._failure = failure
@@ -109,16 +120,16 @@ class _Run:
 
     async def all(self, feed: Feed) -> None:
         # As many items wait as are under way: enough to keep every worker busy, and no more memory than that.
-        send, items = trio.open_memory_channel["Item"](self._limits.documents)
+        items = Handover(self._limits.documents)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._committer.run)
             try:
                 with self._scope:
-                    async with trio.open_nursery() as work, items:
+                    async with trio.open_nursery() as work:
                         work.start_soon(self._await_engine)
                         for _ in range(self._limits.documents):
-                            work.start_soon(self._work, items.clone())
-                        await self._read(feed, send)
+                            work.start_soon(self._work, items)
+                        await self._read(feed, items)
             finally:
                 self._committer.close()
         if self._failure is None and self._all_read and self._done == self._begun:
@@ -127,8 +138,8 @@ class _Run:
         if self._failure is not None:
             raise self._failure
 
-    async def _read(self, feed: Feed, items: trio.MemorySendChannel[Item]) -> None:
-        async with trio.open_nursery() as nursery, items:
+    async def _read(self, feed: Feed, items: Handover) -> None:
+        async with trio.open_nursery() as nursery:
 
             async def give_up() -> None:
                 await self.stopping.wait()
@@ -136,24 +147,19 @@ class _Run:
 
             nursery.start_soon(give_up)
             try:
-                # A read of a terminal or pipe is abandoned when the run ends.
-                while batch := await trio.to_thread.run_sync(feed.next_batch, abandon_on_cancel=True):
-                    self._note(feed)
-                    for item in batch:
-                        self._begun += 1
-                        await items.send(item)
-                self._note(feed)
-            except TrinferError as error:
+                # A read of a terminal or pipe is abandoned when the run ends. The thread is none that rollouts may use.
+                thread = trio.CapacityLimiter(1)
+                while batch := await trio.to_thread.run_sync(feed.next_batch, abandon_on_cancel=True, limiter=thread):
+                    feed.tell(self._summary)
+                    await items.give(batch)
+                    self._begun += len(batch)
+                feed.tell(self._summary)
+            except Exception as error:  # an iterator of the caller's own may raise anything
                 self._stop(error)
             else:
                 self._all_read = True
             nursery.cancel_scope.cancel()
-
-    def _note(self, feed: Feed) -> None:
-        summary = self._summary
-        summary.bytes_read += feed.skipped_bytes
-        summary.skipped += feed.skipped
-        feed.skipped_bytes = feed.skipped = 0
+        items.close()
 
     async def _await_engine(self) -> None:
         """Only to know when it was ready; items are read and requests prepared meanwhile."""
@@ -164,19 +170,20 @@ class _Run:
         else:
             self._summary.ready_after = trio.current_time() - self._summary.began
 
-    async def _work(self, items: trio.MemoryReceiveChannel[Item]) -> None:
-        async with items:
-            async for item in items:
-                if self.stopping.is_set():
-                    return
-                try:
-                    await self._do(item)
-                    self._done += 1
-                except TrinferError as error:
-                    self._stop(error)
-                    return
-                if self.progress is not None:
-                    self.progress.update(self._summary)
+    async def _work(self, items: Handover) -> None:
+        summary = self._summary
+        while (item := items.take_now() or await items.take()) is not None and not self.stopping.is_set():
+            requests = summary.requests
+            try:
+                await self._do(item)
+                self._done += 1
+            except TrinferError as error:
+                self._stop(error)
+                return
+            if self.progress is not None:
+                self.progress.update(summary)
+            if summary.requests == requests:  # an item without any may not have given way
+                await trio.lowlevel.checkpoint()
 
     async def _do(self, item: Item) -> None:
         """One item up to its outcome; raises what concerns more than this item."""
@@ -191,6 +198,8 @@ class _Run:
                 if not isinstance(error, InferenceError) and error is not item.error:
                     raise
                 if self._policy.tries_again(error, attempt) and not self.stopping.is_set():
+                    if isinstance(error, RolloutError) and attempt > 1:
+                        item.forget_calls()  # no tool that was away for a moment: it is the answers that make it fail
                     await trio.sleep(self._policy.pause(attempt))
                     continue
                 await self._fail(item, error)
@@ -198,40 +207,38 @@ class _Run:
             break
         summary = self._summary
         summary.bytes_read += item.size
-        # Shielded: what has been paid for gets to the committer, which is there until the workers have gone.
-        with trio.CancelScope(shield=True):
-            if outcome.line is None:
-                summary.removed += 1
-                await self._committer.put(REMOVED, item.key, b"")
-            else:
-                summary.ok += 1
-                await self._committer.put(ROW, item.key, outcome.line)
+        # What has been paid for gets to the committer, which is there until the workers have gone.
+        if outcome.line is None:
+            summary.removed += 1
+            self._committer.put(REMOVED, item.key, b"")
+        else:
+            summary.ok += 1
+            self._committer.put(ROW, item.key, outcome.line)
+        if self._committer.is_behind:
+            await self._committer.room()
 
     async def _fail(self, item: Item, error: TrinferError) -> None:
         """Note a failure; with on_error="fail" it is the run's, and the item is to be done again by the next."""
+        if isinstance(error, RolloutError) and self._job.keeps_calls:
+            self._committer.put(VOID, item.key, self._job.code.encode())
         if self._policy.on_error == "fail":
+            advice = "mend the row, or use --on-error skip to go on without it; run the same command to continue"
+            if self._job.code:
+                advice = "mend the rollout or the document, or leave it out (on_error='skip'); the same call continues"
             stopped = RunStopped(
-                f"{item.place}: {error.message}",
+                error.message if error.message.startswith(item.place) else f"{item.place}: {error.message}",
                 cause=error.cause,
-                advice="mend the row, or use --on-error skip to go on without it; run the same command to continue",
+                advice=advice,
                 log_tail=error.log_tail,
             )
             raise stopped from error
         self._summary.add_failure(item.size, error)
-        with trio.CancelScope(shield=True):
-            body = failed_body(self._job.failed(item, error), error_line(item, error))
-            await self._committer.put(FAILED, item.key, body)
+        self._committer.put(FAILED, item.key, failed_body(self._job.failed(item, error), error_line(item, error)))
         self._check_budget()
+        await self._committer.room()
 
     def _check_budget(self, *, at_end: bool = False) -> None:
-        summary, budget = self._summary, self._policy.budget
-        if budget is not None and budget.is_exceeded(summary.failed, summary.done, at_end=at_end):
-            kinds = ", ".join(f"{kind} {count}" for kind, (count, _) in sorted(summary.failures.items()))
-            first = next(iter(summary.failures.values()))[1]
-            self._stop(
-                RunStopped(
-                    f"{summary.failed} of {summary.done} rows have failed, and {budget} may: {kinds}",
-                    cause=f"the first was: {' '.join(first.split())[:300]}",
-                    advice="mend the cause, and run `trinfer retry` with the run directory",
-                )
-            )
+        try:
+            self._policy.check(self._summary, at_end=at_end)
+        except RunStopped as stopped:
+            self._stop(stopped)

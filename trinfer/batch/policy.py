@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 from trinfer.data.records import InvalidRow
 from trinfer.errors import (
@@ -11,9 +12,13 @@ from trinfer.errors import (
     BadRequestError,
     ConfigError,
     NotFoundError,
+    RunStopped,
     StructuredOutputError,
     TrinferError,
 )
+
+if TYPE_CHECKING:
+    from trinfer.batch.summary import Summary
 
 __all__ = ["ErrorPolicy", "FailureBudget", "OnError"]
 
@@ -33,7 +38,7 @@ class FailureBudget:
     """
 
     count: int | None = None
-    share: float | None = None
+    share: float | Fraction | None = None
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -44,12 +49,12 @@ class FailureBudget:
         """
         try:
             if text.endswith("%"):
-                share = float(text[:-1]) / 100
+                share = Fraction(text[:-1]) / 100  # 29% of 100 rows are 29, and not a little less
                 if 0 <= share <= 1:
                     return cls(share=share)
             elif int(text) >= 0:
                 return cls(count=int(text))
-        except ValueError:
+        except (ValueError, ZeroDivisionError):
             pass
         raise ConfigError(f"--max-failures {text!r}: allowed are a number of rows >= 0, or a share such as 1%")
 
@@ -61,7 +66,7 @@ class FailureBudget:
         return (done >= SAMPLE or at_end) and failed > self.share * done
 
     def __str__(self) -> str:
-        return f"{self.count} rows" if self.count is not None else f"{100 * (self.share or 0):g}%"
+        return f"{self.count} rows" if self.count is not None else f"{float(100 * (self.share or 0)):g}%"
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class ErrorPolicy:
         """A policy from its options' texts. Raises ConfigError."""
         if isinstance(on_error, cls):
             return on_error
-        budget = None if max_failures is None else FailureBudget.parse(max_failures)
+        budget = None if max_failures is None else FailureBudget.parse(str(max_failures))
         return cls(on_error, budget=budget)  # type: ignore[arg-type]  # checked at construction
 
     def tries_again(self, error: TrinferError, attempt: int) -> bool:
@@ -100,3 +105,23 @@ class ErrorPolicy:
     def pause(attempt: int) -> float:
         """Seconds before the next try: on top of what each request has waited for already."""
         return min(30.0, 1.0 * 2.0 ** (attempt - 1))
+
+    def check(self, summary: Summary, *, at_end: bool = False) -> None:
+        """Look at the budget of the whole run: what earlier sessions have done counts.
+
+        Raises:
+            RunStopped: more rows have failed than may.
+        """
+        failed, done = summary.failed + summary.failed_before, summary.done + summary.skipped
+        if self.budget is None or not self.budget.is_exceeded(failed, done, at_end=at_end):
+            return
+        kinds = [f"{kind} {count}" for kind, (count, _) in sorted(summary.failures.items())]
+        if summary.failed_before:
+            kinds.append(f"{summary.failed_before} before")
+        first = next((first for _, first in summary.failures.values()), None)
+        raise RunStopped(
+            f"{failed} of {done} rows have failed, and {self.budget} may: {', '.join(kinds)}",
+            cause=None if first is None else f"the first was: {' '.join(first.split())[:300]}",
+            advice="mend the cause (errors.jsonl in the run directory lists them all), and run `trinfer retry` with "
+            "the run directory; or raise --max-failures",
+        )

@@ -144,14 +144,17 @@ class Prompts:
         if image.startswith(("data:", "http://", "https://")):
             return image
         root = os.path.realpath(self._options.image_folder)
-        path = os.path.realpath(os.path.join(root, image))
-        if os.path.commonpath([root, path]) != root:
-            raise InvalidRow(f"{place}: the image {image!r} lies outside of {root}")
         try:
-            with open(path, "rb") as file:
+            path = os.path.realpath(os.path.join(root, image))
+            if os.path.commonpath([root, path]) != root:
+                raise InvalidRow(f"{place}: the image {image!r} lies outside of {root}")
+            # A pipe that nobody writes into would be waited for, and with it the whole run.
+            with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
                 data = file.read(LARGEST_IMAGE + 1)
         except OSError as error:
             raise InvalidRow(f"{place}: the image {image!r} cannot be read: {error.strerror}") from error
+        except ValueError as error:  # no name can hold this: a NUL, or half a character
+            raise InvalidRow(f"{place}: the image {image!r} is no name of a file: {error}") from error
         if len(data) > LARGEST_IMAGE:
             raise InvalidRow(f"{place}: the image {image!r} is larger than {LARGEST_IMAGE} bytes")
         kind = next((kind for magic, kind in IMAGES.items() if data.startswith(magic)), None)
@@ -173,3 +176,5 @@ def _compile(text: str) -> Any:  # noqa: ANN401  # a template of jinja2
         return environment.from_string(text)
     except TemplateSyntaxError as error:
         raise ConfigError(f"the template is not valid in line {error.lineno}: {error.message}") from error
+    except (SyntaxError, RecursionError, ValueError) as error:  # of Python, which it is turned into
+        raise ConfigError(f"the template cannot be used: {error}", cause="it is nested too deeply") from error

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trinfer.batch.committer import FAILED, REMOVED, ROW, read_failed
-from trinfer.batch.run_directory import LENGTH_BITS, LONGEST, temporary_index
+from trinfer.batch.run_directory import place_of, temporary_index
 from trinfer.data.files import is_remote
 from trinfer.data.records import content_key, numbered, shard_of
-from trinfer.data.writers import OutputFile
+from trinfer.data.writers import OutputFile, check_format, check_output, check_writable
+from trinfer.durable.disk import advice_for
 from trinfer.errors import FileError, TrinferError
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from trinfer.batch.run_directory import RunDirectory
     from trinfer.data.records import Raw
     from trinfer.durable.disk import Disk
+    from trinfer.durable.index import Place
 
-__all__ = ["Output", "Published", "errors_file", "is_folder", "publish"]
+__all__ = ["Output", "Published", "is_folder", "list_failures", "publish"]
 
 ROWS_PER_PART = 1_000_000
 CHUNK = 1 << 20
@@ -52,6 +54,54 @@ class Output:
     def is_folder(self) -> bool:
         return is_folder(self.path)
 
+    @property
+    def is_local_folder(self) -> bool:
+        return self.is_folder and not is_remote(self.path)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides which files are written."""
+        path = self.path if is_remote(self.path) else os.path.realpath(self.path)
+        return {"path": path, "format": self.format, "suffix": self.suffix if self.is_folder else None}
+
+    def check(self, inputs: list[str]) -> None:
+        """Refuse outputs that cannot be, before anything is paid for.
+
+        Raises:
+            FileError: it is the input, cannot be written, …. ConfigError: its format is not one that is written.
+        """
+        check_format(f"{self.path}x.{self.suffix}" if self.is_folder else self.path, self.format)
+        if not self.is_folder:
+            check_output(self.path, inputs)
+        elif self.is_local_folder:
+            there = Path(self.path).absolute()
+            try:
+                while not there.exists() and there != there.parent:
+                    there = there.parent
+            except OSError as error:
+                raise FileError(
+                    f"the output {self.path} cannot be made: {error.strerror}", advice="give another"
+                ) from error
+            if not there.is_dir():
+                raise FileError(f"the output {self.path} cannot be made: {there} is no folder", advice="give another")
+            check_writable(self.path, there)
+
+    def exists(self, shard_name: str) -> str | None:
+        """What a publishing of this shard would replace; None for nothing."""
+        if is_remote(self.path):
+            return None
+        if self.is_folder:
+            return next(map(str, parts_of(self.path, shard_name)), None)
+        return self.path if os.path.exists(self.path) else None
+
+
+def parts_of(folder: str, shard_name: str) -> Iterator[Path]:
+    """The parts in a folder that a publishing of this shard replaces: its own, and those of other shardings."""
+    shard, size = shard_name.split("-of-")
+    for path in sorted(Path(folder).glob("part-*-of-*-*")):
+        rank, _, rest = path.name.removeprefix("part-").partition("-of-")
+        if rank == shard or not rest.startswith(size + "-"):
+            yield path
+
 
 def is_folder(path: str) -> bool:
     """Whether an output is a folder of parts: that has to be said, by a slash at the end."""
@@ -65,22 +115,19 @@ class Published:
     Attributes:
         rows: lines of output.
         failed, removed: rows that failed, and rows that have no line.
+        parts: names of the files, where the output is a folder.
     """
 
     rows: int = 0
     failed: int = 0
     removed: int = 0
+    parts: list[str] = field(default_factory=list)
 
     @property
     def handled(self) -> int:
         return self._ok + self.failed + self.removed
 
     _ok: int = 0
-
-
-def errors_file(run: RunDirectory) -> Path:
-    """Where the failures of a shard are listed."""
-    return run.path / ("errors.jsonl" if run.world_size == 1 else f"errors-{run.shard_name}.jsonl")
 
 
 def publish(
@@ -126,9 +173,39 @@ def publish(
                 advice="run the same command again; what is finished is kept",
             )
         writer.finish()
+        published.parts = writer.parts
+    except OSError as error:
+        raise FileError(f"publishing {output.path} failed: {error.strerror}", advice=advice_for(error)) from error
     finally:
         writer.close()
     return published
+
+
+def list_failures(run: RunDirectory, disk: Disk | None = None) -> None:
+    """Write the errors file of a shard that has stopped because of them. Blocking.
+
+    Raises:
+        FileError: it cannot be written, or a journal is damaged.
+    """
+    run.load_new()
+    with contextlib.closing(OutputFile(str(run.errors_file), format="jsonl", disk=disk)) as errors:
+        for number, segment in enumerate(run.segments):
+            for frame in segment.frames(verify=False):
+                failed = [entry for entry in frame.entries() if entry.kind == FAILED]
+                bodies = segment.read(frame) if failed else b""
+                for _, key, offset, length in failed:
+                    if _last(run, key, number, offset, length) is not None:
+                        start = offset - frame.bodies
+                        errors.write(read_failed(bodies[start : start + length])[1])
+        errors.finish()
+
+
+def _last(run: RunDirectory, key: bytes, segment: int, offset: int, length: int) -> Place | None:
+    """What is known of a key whose last outcome lies here; None where a later one has taken its place."""
+    place = run.index.get(key)
+    if place is None or (place.segment, place.offset) != (segment, place_of(offset, length)):
+        return None
+    return place
 
 
 MANY = -1  # a whole commit of lines
@@ -137,9 +214,8 @@ MANY = -1  # a whole commit of lines
 def _as_done(run: RunDirectory, expected: int) -> Iterator[tuple[int, bytes]]:
     """Outcomes in the order of the journal. Whole commits, where nothing in it is to be left out."""
     check = run.superseded > 0 or run.known != expected
-    index = run.index
     for number, segment in enumerate(run.segments):
-        for frame in segment.frames(verify=False, repair=run.repair):
+        for frame in segment.frames(verify=False):
             entries = list(frame.entries())
             if not any(entry.kind in {ROW, REMOVED, FAILED} for entry in entries):
                 continue
@@ -151,12 +227,8 @@ def _as_done(run: RunDirectory, expected: int) -> Iterator[tuple[int, bytes]]:
                 if kind not in {ROW, REMOVED, FAILED}:
                     continue
                 if check:
-                    place = index.get(key)
-                    is_it = place is not None and (place.segment, place.offset) == (
-                        number,
-                        offset << LENGTH_BITS | length,
-                    )
-                    if place is None or not is_it or not place.seen:
+                    place = _last(run, key, number, offset, length)
+                    if place is None or not place.seen:
                         continue
                 start = offset - frame.bodies
                 yield kind, bodies[start : start + length]
@@ -165,7 +237,7 @@ def _as_done(run: RunDirectory, expected: int) -> Iterator[tuple[int, bytes]]:
 def _in_order(run: RunDirectory, records: Iterable[Raw]) -> Iterator[tuple[int, bytes]]:
     """Outcomes in the order of the input."""
     for segment in run.segments:
-        for _ in segment.frames(verify=True, repair=run.repair):
+        for _ in segment.frames(verify=True):
             pass  # records are read one by one below, and have no checksums of their own
     with contextlib.ExitStack() as stack:
         counts = temporary_index()
@@ -177,8 +249,7 @@ def _in_order(run: RunDirectory, records: Iterable[Raw]) -> Iterator[tuple[int, 
             key = numbered(key, counts.see(key).seen)
             place = run.index.get(key)
             if place is not None and place.state:
-                segment = run.segments[place.segment]
-                yield place.state, segment.read_one(place.offset >> LENGTH_BITS, place.offset & LONGEST)
+                yield place.state, run.body(place)
 
 
 class _Writer:
@@ -190,8 +261,8 @@ class _Writer:
         self._errors: OutputFile | None = None
         self._done: list[OutputFile] = []
         self._in_part = 0
-        self._parts: list[str] = []
-        if output.is_folder and not is_remote(output.path):
+        self.parts: list[str] = []
+        if output.is_local_folder:
             try:
                 os.makedirs(output.path, exist_ok=True)
             except OSError as error:
@@ -208,15 +279,15 @@ class _Writer:
 
     def error(self, line: bytes) -> None:
         if self._errors is None:
-            self._errors = OutputFile(str(errors_file(self._run)), format="jsonl", disk=self._disk)
+            self._errors = OutputFile(str(self._run.errors_file), format="jsonl", disk=self._disk)
         self._errors.write(line)
 
     def _open(self) -> None:
         path = self._output.path
         if self._output.is_folder:
-            name = f"part-{self._run.shard_name}-{len(self._parts):05d}.{self._output.suffix}"
+            name = f"part-{self._run.shard_name}-{len(self.parts):05d}.{self._output.suffix}"
             path = os.path.join(path, name)
-            self._parts.append(name)
+            self.parts.append(name)
             self._file = OutputFile(path, disk=self._disk)
         else:
             self._file = OutputFile(path, format=self._output.format, disk=self._disk)
@@ -230,22 +301,20 @@ class _Writer:
 
     def finish(self) -> None:
         """Give everything its name, and remove what an earlier publishing has left."""
-        if self._file is None and not (self._output.is_folder and self._parts):
+        if self._file is None and not (self._output.is_folder and self.parts):
             self._open()  # an empty output is an output
         self._finish_part()
         if self._errors is not None:
             self._errors.finish()
         else:
-            errors_file(self._run).unlink(missing_ok=True)
-        if self._output.is_folder and not is_remote(self._output.path):
+            self._run.errors_file.unlink(missing_ok=True)
+        self._run.remove_other_errors()
+        if self._output.is_local_folder:
             self._remove_old_parts()
 
     def _remove_old_parts(self) -> None:
-        shard, size = self._run.shard_name.split("-of-")
-        for path in Path(self._output.path).glob("part-*-of-*-*"):
-            rank, _, rest = path.name.removeprefix("part-").partition("-of-")
-            is_ours = rank == shard and rest.startswith(size + "-")
-            if (is_ours and path.name not in self._parts) or not rest.startswith(size + "-"):
+        for path in parts_of(self._output.path, self._run.shard_name):
+            if path.name not in self.parts:
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:

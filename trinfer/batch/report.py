@@ -15,15 +15,17 @@ if TYPE_CHECKING:
 
 __all__ = ["render"]
 
-WIDTH, HEIGHT = 640, 180
-LEFT, BOTTOM, TOP = 60, 24, 10
+WIDTH, HEIGHT = 500, 170
+LEFT, BOTTOM, TOP = 64, 24, 12
 MAX_BARS = 60
+DARK, LIGHT = "#2f6fab", "#d08a3c"
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #1c2733; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #1c2733; }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
 table { border-collapse: collapse } td, th { padding: .2em 1em .2em 0; text-align: left; vertical-align: top }
 td.n { text-align: right; font-variant-numeric: tabular-nums }
-figure { display: inline-block; margin: 0 1.5em 1em 0 } figcaption { font-weight: 600 }
+figure { display: inline-block; margin: 0 1em 1.2em 0; max-width: 100% } figcaption { font-weight: 600 }
+svg { max-width: 100%; height: auto; display: block }
 svg text { font: 11px system-ui, sans-serif; fill: #55606b } pre { background: #f4f6f8; padding: 1em; overflow: auto }
 """
 
@@ -33,14 +35,16 @@ def render(
 ) -> str:
     """The page, whole."""
     line = _timelines(sessions)
+    title = f"Run of {escape(str(manifest.job.get('model') or manifest.job.get('engine') or 'a model'))}"
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>trinfer run</title>",
-        f"<style>{STYLE}</style><h1>Run of {escape(str(manifest.job.get('model') or 'a model'))}</h1>",
+        "<!doctype html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>',
+        f"<body><h1>{title}</h1>",
         _table(_facts(figures)),
         "<h2>Over time</h2>",
         _curve("rows per second", line["rate"]),
-        _curve("tokens per second", line["tokens"]),
-        _curve("latency in seconds, median", line["latency"]),
+        _curve("tokens per second, in and out", line["tokens"]),
+        _curve("latency in seconds: median, and p99 above it", line["p50"], line["p99"]),
         _curve("requests in flight", line["in_flight"]),
         "<h2>Distributions</h2>",
         _bars("latency, seconds", summary.latency),
@@ -52,7 +56,7 @@ def render(
     if summary.failures:
         parts += ["<h2>Failures</h2>", _failures(summary)]
     job = escape(json.dumps(dict(manifest.job), indent=1, default=str))
-    parts += ["<h2>What was run</h2>", f"<pre>{job}</pre></html>"]
+    parts += ["<h2>What was run</h2>", f"<pre>{job}</pre></body></html>"]
     return "\n".join(parts) + "\n"
 
 
@@ -93,7 +97,7 @@ def _failures(summary: Summary) -> str:
 
 def _timelines(sessions: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
     """Points (seconds of work, value) of all sessions, one after the other."""
-    lines: dict[str, list[tuple[float, float]]] = {name: [] for name in ("rate", "tokens", "latency", "in_flight")}
+    lines: dict[str, list[tuple[float, float]]] = {name: [] for name in ("rate", "tokens", "in_flight", "p50", "p99")}
     start = 0.0
     for session in sessions:
         points = session["timeline"]
@@ -104,25 +108,30 @@ def _timelines(sessions: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[fl
                 lines["rate"].append((at, (point[1] - before[1]) / seconds))
                 lines["tokens"].append((at, (point[2] - before[2]) / seconds))
                 lines["in_flight"].append((at, point[3]))
-                lines["latency"].append((at, point[4]))
+                if point[5]:  # anything was answered
+                    lines["p50"].append((at, point[4]))
+                    lines["p99"].append((at, point[5]))
         start += session["seconds"]
     return lines
 
 
-def _curve(title: str, points: Sequence[tuple[float, float]]) -> str:
+def _curve(title: str, points: Sequence[tuple[float, float]], above: Sequence[tuple[float, float]] = ()) -> str:
     if len(points) < 2:
-        return _figure(title, "<text x=60 y=90>too short to tell</text>")
+        return _figure(title, '<text x="64" y="90">too short to tell</text>')
     first, last = points[0][0], points[-1][0]
-    highest = max(value for _, value in points) or 1.0
+    highest = max(value for _, value in (*points, *above)) or 1.0
 
     def place(at: float, value: float) -> str:
         x = LEFT + (WIDTH - LEFT) * (at - first) / ((last - first) or 1.0)
         y = HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * value / highest
         return f"{x:.1f},{y:.1f}"
 
-    line = " ".join(place(at, value) for at, value in points)
-    drawn = f'<polyline points="{line}" fill="none" stroke="#2f6fab" stroke-width="1.5"/>'
-    return _figure(title, drawn + _axes(f"{first:.0f} s", f"{last:.0f} s", highest))
+    drawn = ""
+    for line, colour in ((above, LIGHT), (points, DARK)):
+        if line:
+            corners = " ".join(place(at, value) for at, value in line)
+            drawn += f'<polyline points="{corners}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+    return _figure(title, drawn + _axes(_duration(first), _duration(last), highest))
 
 
 def _bars(title: str, histogram: Histogram) -> str:
@@ -130,7 +139,7 @@ def _bars(title: str, histogram: Histogram) -> str:
     while len(bars) > MAX_BARS:
         bars = [(bars[n][0], sum(count for _, count in bars[n : n + 2])) for n in range(0, len(bars), 2)]
     if not bars:
-        return _figure(title, "<text x=60 y=90>none</text>")
+        return _figure(title, '<text x="64" y="90">none</text>')
     highest = max(count for _, count in bars)
     width = (WIDTH - LEFT) / len(bars)
     drawn = ""
@@ -138,17 +147,17 @@ def _bars(title: str, histogram: Histogram) -> str:
         tall = (HEIGHT - BOTTOM - TOP) * count / highest
         x, y = LEFT + number * width, HEIGHT - BOTTOM - tall
         drawn += (
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(1.0, width - 1):.1f}" height="{tall:.1f}" fill="#2f6fab">'
-            f"<title>{middle:.3g}: {count:,}</title></rect>"
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(1.0, width - 1):.1f}" height="{tall:.1f}" fill="{DARK}">'
+            f"<title>{_number(middle)}: {count:,}</title></rect>"
         )
-    return _figure(title, drawn + _axes(f"{bars[0][0]:.3g}", f"{bars[-1][0]:.3g}", highest))
+    return _figure(title, drawn + _axes(_number(bars[0][0]), _number(bars[-1][0]), highest))
 
 
 def _axes(first: str, last: str, highest: float) -> str:
     base = HEIGHT - BOTTOM
     return (
         f'<path d="M{LEFT},{TOP}V{base}H{WIDTH}" fill="none" stroke="#c3cad1"/>'
-        f'<text x="{LEFT - 5}" y="{TOP + 8}" text-anchor="end">{highest:,.4g}</text>'
+        f'<text x="{LEFT - 5}" y="{TOP + 8}" text-anchor="end">{_number(highest)}</text>'
         f'<text x="{LEFT - 5}" y="{base}" text-anchor="end">0</text>'
         f'<text x="{LEFT}" y="{HEIGHT - 6}">{first}</text>'
         f'<text x="{WIDTH}" y="{HEIGHT - 6}" text-anchor="end">{last}</text>'
@@ -157,4 +166,14 @@ def _axes(first: str, last: str, highest: float) -> str:
 
 def _figure(title: str, drawn: str) -> str:
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" role="img">{drawn}</svg>'
-    return f"<figure>{svg}<figcaption>{escape(title)}</figcaption></figure>"
+    return f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -7,12 +7,14 @@ traceback kept as the cause; only a failed engine or disk is more than that.
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+import os
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from trinfer.batch.calls import call_key, payload_hash
+from trinfer.batch.calls import Call, answer_of, call_key, encode_call, payload_hash
 from trinfer.errors import InferenceError, RolloutError, ServerError, TrinferError
 from trinfer.results import InferenceResult
 
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
     from trinfer.batch.committer import Committer
     from trinfer.batch.items import Generator, Item, Job
     from trinfer.batch.summary import Summary
+    from trinfer.batch.waiting import Turns
 
-__all__ = ["Requests", "run_rollouts"]
+__all__ = ["Requests", "leaves", "rollout_error", "run_rollouts"]
 
 
 class Requests:
@@ -31,9 +34,11 @@ class Requests:
 
     Args:
         params: generation parameters of every request that does not set them itself.
-        limiter: how many at once; None where the number of items limits it.
-        committer: remembers answers of unfinished items; None where none are kept.
+        turns: how many at once; None where the number of items limits it.
+        committer: keeps answers of unfinished items; None where none are kept.
+        remembers: whether an item that is begun again in this session is to get the same answers.
         read: makes a result of an answer.
+        settings: what decides an answer beside the payload: an answer that was kept counts only for the same.
     """
 
     def __init__(
@@ -41,67 +46,105 @@ class Requests:
         server: Generator,
         params: Mapping[str, Any],
         summary: Summary,
-        limiter: trio.CapacityLimiter | None,
+        turns: Turns | None,
         committer: Committer | None,
         read: Callable[[Mapping[str, Any]], InferenceResult] = InferenceResult.from_response,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        remembers: bool = True,
     ) -> None:
         self._read = read
+        self._settings = payload_hash(settings or {})
         self._server, self._params, self._summary = server, params, summary
-        self._limiter, self._committer = limiter, committer
+        self._turns, self._committer = turns, committer
+        self._remembers = remembers or committer is not None
 
     async def send(self, payload: Mapping[str, Any]) -> InferenceResult:
         """One generation. Raises InferenceError, ServerError."""
-        if self._limiter is None:
-            return await self._send(payload)
-        # On behalf of this call, and not of the task: a rollout may ask for several things in one task's name.
-        turn = object()
-        await self._limiter.acquire_on_behalf_of(turn)
-        try:
-            return await self._send(payload)
-        finally:
-            self._limiter.release_on_behalf_of(turn)
-
-    async def _send(self, payload: Mapping[str, Any]) -> InferenceResult:
-        summary = self._summary
+        # One coroutine, and not one within the other: this runs for every request.
+        summary, turns = self._summary, self._turns
+        if turns is not None and not turns.take_now():
+            await turns.wait()
         summary.in_flight += 1
         began = trio.current_time()
         try:
             response = await self._server.make_request({**self._params, **payload} if self._params else payload)
         finally:
             summary.in_flight -= 1
+            if turns is not None:
+                turns.give_back()
         result = self._read(response)
         summary.add_request(result, trio.current_time() - began)
         return result
 
-    async def recall_or_send(self, item: Item, rollout: int, counts: Counter[bytes], payload: Any) -> InferenceResult:  # noqa: ANN401  # the user's
+    async def recall_or_send(self, generate: _Generate, payload: Any) -> InferenceResult:  # noqa: ANN401  # the user's
         """One generation within a rollout, which may have been answered before. Raises as `send`."""
         if not isinstance(payload, dict):
             raise TypeError(f"generate() takes the payload of a request as a dict, not a {type(payload).__name__}")
-        hashed = payload_hash(payload)
-        key = call_key(rollout, hashed, counts[hashed])
-        counts[hashed] += 1
+        if not self._remembers:
+            return await self.send(payload)
+        item = generate.item
+        call = generate.begin_only_call(payload, self._settings)
+        if call is not None:
+            result = await self.send(payload)
+            try:
+                call.answered(result.raw)
+            except ValueError:  # of a server of the user's own: it is no JSON, and cannot be kept
+                return result
+            if item.calls is None:
+                item.call = call
+            else:  # the rollout has sent others meanwhile
+                item.calls[call.hash()] = call.body()
+            if self._committer is not None:
+                self._committer.hold(item.key, call)
+            return result
+        key = generate.next_key(payload_hash(payload, self._settings))
         if item.calls is None:
-            item.calls = {}
-        elif key in item.calls:
+            item.calls = {} if item.call is None else {item.call.hash(): item.call.body()}
+        if key in item.calls:
             self._summary.cache_hits += 1
             await trio.lowlevel.checkpoint()
-            return self._read(item.calls[key])
+            return self._read(answer_of(item.calls[key]))
         result = await self.send(payload)
-        item.calls[key] = dict(result.raw)
+        # Now, and not when it is written: the result is the rollout's, which may take it to pieces.
+        item.calls[key] = body = encode_call(key, result.raw)
         if self._committer is not None:
-            self._committer.hold(item.key, key, result.raw)
+            self._committer.hold(item.key, body)
         return result
 
 
 class _Generate:
     """What a rollout calls."""
 
-    def __init__(self, requests: Requests, item: Item, rollout: int) -> None:
-        self._requests, self._item, self._rollout = requests, item, rollout
-        self._counts: Counter[bytes] = Counter()
+    def __init__(self, requests: Requests, item: Item, rollout: int, *, alone: bool) -> None:
+        self.item = item
+        self._requests, self._rollout, self._alone = requests, rollout, alone
+        self._first: Call | None = None
+        self._counts: dict[bytes, int] | None = None
 
     async def __call__(self, payload: Mapping[str, Any]) -> InferenceResult:
-        return await self._requests.recall_or_send(self._item, self._rollout, self._counts, payload)
+        return await self._requests.recall_or_send(self, payload)
+
+    def begin_only_call(self, payload: dict[str, Any], settings: bytes) -> Call | None:
+        """A note of the first call, where it may stay the only one; None where the long way is to be taken."""
+        item = self.item
+        if self._first is not None or self._counts is not None or not self._alone:
+            return None
+        if item.calls is not None or item.call is not None:  # answers that were got before
+            return None
+        try:
+            self._first = Call(payload, settings)
+        except ValueError:
+            return None
+        return self._first
+
+    def next_key(self, hashed: bytes) -> bytes:
+        """The key of the next call, with a payload of this hash."""
+        if self._counts is None:
+            self._counts = {} if self._first is None else {self._first.hash(): 1}
+        number = self._counts.get(hashed, 0)
+        self._counts[hashed] = number + 1
+        return call_key(hashed, self._rollout, number)
 
 
 async def run_rollouts(job: Job, item: Item, requests: Requests) -> list[Any]:
@@ -112,16 +155,15 @@ async def run_rollouts(job: Job, item: Item, requests: Requests) -> list[Any]:
     """
     if not job.keeps_calls and job.rollouts == 1:
         return [await job.rollout(item, requests.send)]
-    results: list[Any] = [None] * job.rollouts
     if job.rollouts == 1:
-        await _one(job, item, requests, 0, results)
-        return results
+        return [await _one(job, item, requests, 0)]
+    results: list[Any] = [None] * job.rollouts
     failure: TrinferError | None = None
 
     async def run(number: int) -> None:
         nonlocal failure
         try:
-            await _one(job, item, requests, number, results)
+            results[number] = await _one(job, item, requests, number)
         except TrinferError as error:
             # The first failure stops the others; what they raise when they are stopped is not told.
             if failure is None or isinstance(error, ServerError):
@@ -136,16 +178,40 @@ async def run_rollouts(job: Job, item: Item, requests: Requests) -> list[Any]:
     return results
 
 
-async def _one(job: Job, item: Item, requests: Requests, number: int, results: list[Any]) -> None:
-    generate = _Generate(requests, item, number) if job.keeps_calls else requests.send
+async def _one(job: Job, item: Item, requests: Requests, number: int) -> Any:  # noqa: ANN401  # the job's own
+    generate = _Generate(requests, item, number, alone=job.rollouts == 1) if job.keeps_calls else requests.send
     try:
-        results[number] = await job.rollout(item, generate)
+        return await job.rollout(item, generate)
     except TrinferError:
         raise
     except BaseExceptionGroup as group:
-        raise _the_one(group, item) from group
+        the_one = _the_one(group, item)
+        if _is_stale(the_one):
+            raise _stale(item) from group
+        raise the_one from group
+    except trio.Cancelled as error:
+        if _is_stale(error):
+            raise _stale(item) from error
+        raise
     except Exception as error:
-        raise _rollout_error(item, error) from error
+        raise rollout_error(item, error) from error
+
+
+def _is_stale(error: BaseException) -> bool:
+    """Whether a cancellation is none of this task: a nursery would take it for its own, and the item for finished."""
+    if trio.current_effective_deadline() == -math.inf:
+        return False
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup(trio.Cancelled) is not None
+    return isinstance(error, trio.Cancelled)
+
+
+def _stale(item: Item) -> RolloutError:
+    return RolloutError(
+        f"{item.place}: the rollout failed with a trio.Cancelled, and nobody has cancelled it",
+        cause="the rollout has kept the exception, or got it from another task, and has raised it again",
+        advice="let a trio.Cancelled go where it was raised, and run again with retry_failed",
+    )
 
 
 def _the_one(group: BaseExceptionGroup[BaseException], item: Item) -> BaseException:
@@ -154,24 +220,36 @@ def _the_one(group: BaseExceptionGroup[BaseException], item: Item) -> BaseExcept
         found = group.subgroup(kind)
         if found is not None:
             return found
-    errors = list(_leaves(group))
+    errors = list(leaves(group))
     for wanted in (ServerError, InferenceError):
         for error in errors:
             if isinstance(error, wanted):
                 return error
-    return _rollout_error(item, errors[0])
+    return rollout_error(item, errors[0])
 
 
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The errors in a group, and in the groups within."""
     found: list[BaseException] = []
     for error in group.exceptions:
-        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+        found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
     return found
 
 
-def _rollout_error(item: Item, error: BaseException) -> RolloutError:
+def rollout_error(item: Item, error: BaseException) -> RolloutError:
+    """What to tell of an error of the user's code."""
+    try:
+        told = str(error)
+    except Exception:  # their own code, too
+        told = "(its text cannot be had)"
     return RolloutError(
-        f"{item.place}: the rollout failed with {type(error).__name__}: {error}",
+        f"{item.place}: the rollout failed with {type(error).__name__}: {told}{_line_of(error)}",
         cause="an error in the rollout function, or in the answer that it got",
-        advice="look at the traceback (TRINFER_DEBUG=1), mend the function, and run again with retry_failed",
+        advice="mend the function, and run again with retry_failed",
     )
+
+
+def _line_of(error: BaseException) -> str:
+    """Where it was raised: a failure that is skipped leaves no traceback."""
+    frames = traceback.extract_tb(error.__traceback__, limit=-1)
+    return f" ({os.path.basename(frames[0].filename)}:{frames[0].lineno})" if frames else ""

@@ -6,91 +6,54 @@ import contextlib
 import json
 import os
 import time
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import trio
 
 from trinfer.batch.committer import JournalTarget, StreamTarget
 from trinfer.batch.feed import Feed
-from trinfer.batch.pipeline import Limits, run_items
-from trinfer.batch.policy import ErrorPolicy
-from trinfer.batch.publish import Output, Published, publish
+from trinfer.batch.pipeline import run_items
+from trinfer.batch.publish import Published, list_failures, publish
 from trinfer.batch.report import render
+from trinfer.batch.rollouts import leaves
 from trinfer.batch.run_directory import RunDirectory, temporary_index
-from trinfer.batch.stats import Prices, Session, statistics, total
+from trinfer.batch.safety import is_output_of, leave_out_own_files, refuse_other_inputs
+from trinfer.batch.stats import Session, statistics, total
 from trinfer.batch.summary import Summary
 from trinfer.data.files import is_remote
-from trinfer.data.writers import OutputFile, check_output, is_stream
+from trinfer.data.writers import OutputFile, is_stream
 from trinfer.durable.manifest import Manifest
-from trinfer.errors import ConfigError, FileError
+from trinfer.errors import ConfigError, FileError, RunStopped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
 
     from trinfer.batch.committer import Target
     from trinfer.batch.items import Generator, Job, Progress
+    from trinfer.batch.options import RunOptions
     from trinfer.data.readers import Inputs
     from trinfer.durable.disk import Disk
+    from trinfer.server.lifecycle import ServerState
 
-__all__ = ["BatchRun", "RunOptions", "default_run_dir"]
+__all__ = ["BatchRun"]
 
-SAVE_EVERY = 10.0  # seconds between two looks at the figures of a session
-SAMPLE_EVERY = 1.0
-
-
-def default_run_dir(output: str) -> Path:
-    """OUTPUT.run, beside the output."""
-    if is_remote(output):
-        raise ConfigError(
-            f"the run directory of a remote output must be on a local disk: allowed is --run-dir FOLDER ({output})"
-        )
-    name = output.rstrip("/")
-    if name in {"", ".", ".."}:
-        raise ConfigError(f"the output {output!r}: allowed are files, and folders that have a name")
-    return Path(name + ".run")
+SAVE_EVERY = 10.0  # seconds between two savings of the figures of a session
+LOOK_EVERY = 0.5
+SETTINGS = ("model", "use_chat", "params")  # of a job: what decides an answer beside the payload
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run is done.
+class Watched(Protocol):
+    """What is seen of an engine while it runs."""
 
-    Attributes:
-        output: where rows go.
-        run_dir: where the run is kept; None for a run that cannot be continued.
-        limits: how much at once.
-        policy: what becomes of rows that fail.
-        params: generation parameters of every request that does not set them itself.
-        job: what decides the answers, for the manifest.
-        notes: what else is good to know.
-        ordered: write the rows in the order of the input.
-        overwrite: replace an output that exists.
-        restart, accept_changes, repair, retry_failed: see `RunDirectory`.
-        errors: a file for failures of a run without a run directory; those of others are in the directory.
-        prices: for the statistics.
-    """
-
-    output: Output
-    run_dir: Path | None
-    limits: Limits
-    policy: ErrorPolicy = field(default_factory=ErrorPolicy)
-    params: Mapping[str, Any] = field(default_factory=dict)
-    job: Mapping[str, Any] = field(default_factory=dict)
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    rank: int = 0
-    world_size: int = 1
-    ordered: bool = False
-    overwrite: bool = False
-    restart: bool = False
-    accept_changes: bool = False
-    repair: bool = False
-    retry_failed: bool = False
-    errors: str | None = None
-    prices: Prices = field(default_factory=Prices)
-    segment_bytes: int | None = None
+    @property
+    def state(self) -> ServerState: ...
+    @property
+    def phase(self) -> str: ...
+    @property
+    def restarts(self) -> int: ...
 
 
 class BatchRun:
@@ -106,6 +69,8 @@ class BatchRun:
         self.summary = Summary()
         self.directory: RunDirectory | None = None
         self.published: Published | None = None
+        self.is_published = False
+        self.server: Watched | None = None
         self._output: OutputFile | None = None
         self._errors: OutputFile | None = None
 
@@ -113,13 +78,22 @@ class BatchRun:
         options = self._options
         if options.world_size > 1 and not options.output.is_folder:
             raise ConfigError(f"the output {options.output.path!r} of several shards: allowed is a folder (FOLDER/)")
-        if not options.output.is_folder:
-            check_output(options.output.path, self._inputs.paths)
+        if options.ordered and not self._inputs.is_repeatable:
+            raise ConfigError(
+                "the order of standard input, a pipe or an iterator cannot be kept: allowed is one of it and ordered",
+                cause="the input is read once more in the end, to write the rows in its order",
+                advice="give a file, or a list; or leave --ordered out, and sort the output",
+            )
+        is_ours = False
+        if options.run_dir is not None:
+            is_ours = is_output_of(options.run_dir, options.output)
+            leave_out_own_files(self._inputs, options.output, options.run_dir, is_ours=is_ours)
+        options.output.check(self._inputs.paths)
         with contextlib.ExitStack() as stack:
             if options.run_dir is None:
                 self._open_output(stack)
             else:
-                self._open_directory(options.run_dir, stack)
+                self._open_directory(options.run_dir, stack, is_ours=is_ours)
             self._stack = stack.pop_all()
         return self
 
@@ -146,14 +120,15 @@ class BatchRun:
     def _close_output(self, output: OutputFile) -> None:
         output.close(keep=True)
 
-    def _open_directory(self, path: Path, stack: contextlib.ExitStack) -> None:
+    def _open_directory(self, path: Path, stack: contextlib.ExitStack, *, is_ours: bool) -> None:
         options = self._options
         output = options.output.path
-        is_ours = options.overwrite or (path / "manifest.json").exists()
-        if not is_ours and not options.output.is_folder and not is_remote(output) and os.path.exists(output):
-            raise FileError(f"the output {output} exists already", advice="give another name, or --overwrite")
+        existing = options.output.exists(f"{options.rank:05d}-of-{options.world_size:05d}")
+        self._may_replace = is_ours or options.overwrite
+        if existing is not None and not self._may_replace:
+            raise FileError(f"the output {existing} exists already", advice="give another name, or --overwrite")
         notes = {**options.notes, "output": output, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        notes["inputs"] = self._inputs.describe()
+        notes |= {"folder": os.getcwd(), "run_dir": os.path.realpath(path), "inputs": self._inputs.describe()}
         self.directory = stack.enter_context(
             RunDirectory(
                 path,
@@ -168,6 +143,8 @@ class BatchRun:
                 disk=self._disk,
             )
         )
+        if not (options.overwrite or options.accept_changes or options.retry_failed):
+            refuse_other_inputs(self._inputs, options.output, path)
 
     @property
     def unfinished(self) -> Path | None:
@@ -180,10 +157,22 @@ class BatchRun:
         if self.directory is None or self._options.retry_failed:
             return False
         mark = self.directory.finished()
-        if mark is None or self.directory.changed or mark.get("inputs") != self._inputs.describe():
+        if mark is None or self.directory.changed:
+            return False
+        # Standard input, pipes, remote files and iterables do not tell whether they have changed: they are read once
+        # more.
+        if not self._inputs.tells_changes:
             return False
         output = self._options.output
-        return is_remote(output.path) or os.path.exists(output.path)
+        is_same = all(mark.get(name) == value for name, value in self._what_is_published().items())
+        files = [os.path.join(output.path, part) for part in mark.get("parts", [])] or [output.path]
+        return is_same and (is_remote(output.path) or all(map(os.path.exists, files)))
+
+    def _what_is_published(self) -> dict[str, Any]:
+        """Of which input, and to where."""
+        options = self._options
+        output = {**options.output.describe(), "ordered": options.ordered}
+        return {"inputs": self._inputs.describe(), "selection": self._inputs.selection, "output": output}
 
     def statistics(self) -> dict[str, Any]:
         """The figures of all sessions."""
@@ -198,7 +187,6 @@ class BatchRun:
         *,
         stop: trio.Event | None = None,
         progress: Progress | None = None,
-        on_server: Callable[[Any], None] | None = None,
         adapt: Callable[[Any], Generator] | None = None,
     ) -> None:
         """Do what is left, and publish.
@@ -207,7 +195,7 @@ class BatchRun:
             make_server: the engine; it is not started where nothing is left. None in its place is a worker node, whose
                 engine has ended when the block is entered.
             stop: when it is set, no more rows are begun, and those under way are finished.
-            on_server: told which engine runs.
+            progress: shown how far the run is, and what the engine is doing: a start may take minutes.
             adapt: makes of the engine what the job's requests go to.
 
         Raises:
@@ -222,24 +210,31 @@ class BatchRun:
             await trio.to_thread.run_sync(opened.open)
             feed, target = opened.feed, opened.target
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch)
-                failure: Exception | None = None
+                nursery.start_soon(self._watch, progress)
+                failure: BaseException | None = None
                 try:
                     if opened.is_continued and not await self._peek(feed):
+                        self._options.policy.check(summary, at_end=True)
                         summary.is_complete = True
                     else:
                         async with make_server() as server:
                             if server is None:
                                 return
-                            if on_server is not None:
-                                on_server(server)
+                            self.server = server
                             generator = server if adapt is None else adapt(server)
                             await self._generate(generator, feed, target, stop, progress)
-                except Exception as error:  # comes out below, not in a group
-                    failure = error
+                except BaseException as error:  # comes out below, not in a group
+                    if _is_cancelled(error):
+                        raise
+                    failure = _the_one(error)
                 finally:
                     nursery.cancel_scope.cancel()
+                    self._look_at_the_engine()
+                    # Also of a session that is stopped: what it has paid counts.
+                    self._save_session(self._session.to_json())
             if failure is not None:
+                if isinstance(failure, RunStopped) and self.directory is not None:
+                    await trio.to_thread.run_sync(self._list_failures, self.directory)
                 raise failure
             if summary.is_complete:
                 self._refuse_an_empty_input(feed)
@@ -260,9 +255,7 @@ class BatchRun:
     async def _peek(self, feed: Feed) -> bool:
         """Whether anything is left to do: an engine that loads for minutes is not started for nothing."""
         found = await trio.to_thread.run_sync(feed.peek, abandon_on_cancel=True)
-        self.summary.skipped += feed.skipped
-        self.summary.bytes_read += feed.skipped_bytes
-        feed.skipped = feed.skipped_bytes = 0
+        feed.tell(self.summary)
         return found
 
     async def _generate(
@@ -281,26 +274,43 @@ class BatchRun:
             limits=self._options.limits,
             policy=self._options.policy,
             params=self._options.params,
+            settings={name: self._options.job.get(name) for name in SETTINGS},
             summary=self.summary,
             progress=progress,
             stop=stop,
         )
 
-    async def _watch(self) -> None:
-        """Keep the figures of this session, also of one that is killed."""
+    async def _watch(self, progress: Progress | None) -> None:
+        """Keep the figures of this session, also of one that is killed, and show them."""
         next_save = trio.current_time() + SAVE_EVERY
+        self.summary.engine = "reading the journal"
         while True:
+            self._look_at_the_engine()
             self._session.sample()
+            if progress is not None:
+                progress.update(self.summary)
             if self.directory is not None and trio.current_time() >= next_save:
-                await trio.to_thread.run_sync(self._save_session)
+                # Told here, written there: the figures change while the thread is at work.
+                await trio.to_thread.run_sync(self._save_session, self._session.to_json())
                 next_save = trio.current_time() + SAVE_EVERY
-            await trio.sleep(SAMPLE_EVERY)
+            await trio.sleep(LOOK_EVERY)
 
-    def _save_session(self) -> None:
+    def _look_at_the_engine(self) -> None:
+        server, summary = self.server, self.summary
+        if server is not None and server.state.value != "stopped":
+            summary.engine = server.phase or server.state.value
+            summary.restarts = server.restarts
+
+    def _save_session(self, figures: dict[str, Any]) -> None:
         """A disk that is full is told by the journal; figures are not worth a run."""
         if self.directory is not None and (self.summary.done or self.summary.requests):
             with contextlib.suppress(FileError):
-                self.directory.save_session(self._session.to_json())
+                self.directory.save_session(figures)
+
+    def _list_failures(self, directory: RunDirectory) -> None:
+        """For the user, who is to mend their cause; the run has failed already, and says why."""
+        with contextlib.suppress(FileError):
+            list_failures(directory, self._disk)
 
     def _publish(self, expected: int) -> None:
         directory, options = self.directory, self._options
@@ -309,13 +319,24 @@ class BatchRun:
             self._output.finish()
             if self._errors is not None:
                 self._errors.finish()
+            self.is_published = True
             return
+        existing = options.output.exists(directory.shard_name)
+        if existing is not None and not self._may_replace:
+            raise FileError(
+                f"the output {existing} was made by somebody else while the run was under way",
+                cause="nothing is lost: every row is kept in the run directory",
+                advice="move it away, or use --overwrite, and run the same command again",
+            )
+        directory.note_output(options.output.describe()["path"])
         order = self._inputs if options.ordered else None
         self.published = publish(directory, options.output, expected=expected, order=order, disk=self._disk)
-        self._save_session()
+        self._save_session(self._session.to_json())
         self._describe(directory)
-        mark = {**vars(self.published), "inputs": self._inputs.describe()}
-        directory.mark_finished(mark)
+        published = self.published
+        mark = {name: getattr(published, name) for name in ("rows", "failed", "removed", "parts")}
+        directory.mark_finished({**mark, **self._what_is_published()})
+        self.is_published = True
 
     def _describe(self, directory: RunDirectory) -> None:
         """Statistics and report: of use to people, and not worth a failure."""
@@ -325,6 +346,21 @@ class BatchRun:
             sessions = directory.sessions()
             page = render(figures, total(sessions), sessions, directory.manifest)
             (directory.path / "report.html").write_text(page, encoding="utf-8")
+
+
+def _is_cancelled(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup(trio.Cancelled) is not None
+    return isinstance(error, trio.Cancelled)
+
+
+def _the_one(error: BaseException) -> BaseException:
+    """What groups hold: our nurseries, and those of a shared context, wrap what goes through them."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    errors = list(leaves(error))
+    ends = [each for each in errors if isinstance(each, KeyboardInterrupt | SystemExit)]
+    return ends[0] if ends else errors[0] if len(errors) == 1 else error
 
 
 class _Opened:
@@ -346,17 +382,20 @@ class _Opened:
             self.feed = Feed(run._inputs, run._job, index, rank=options.rank, world_size=options.world_size)
             return
         directory.mark_unfinished()
+        directory.note_session()
         self.target = JournalTarget(directory.load())
         self.is_continued = directory.known > 0
         self.feed = Feed(
             run._inputs,
             run._job,
             directory.index,
-            is_done=directory.is_done,
+            done=directory.done,
             recall=directory.recall,
             rank=options.rank,
             world_size=options.world_size,
         )
 
     def close(self) -> None:
+        if hasattr(self, "feed"):
+            self.feed.close()
         self._stack.close()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import hashlib
 import inspect
+import json
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,23 +18,26 @@ import trio
 from trinfer._version import __version__
 from trinfer.batch.context import entered
 from trinfer.batch.jobs import RolloutJob
+from trinfer.batch.options import RunOptions, default_run_dir
 from trinfer.batch.pipeline import Limits
 from trinfer.batch.policy import ErrorPolicy
 from trinfer.batch.publish import Output
-from trinfer.batch.run import BatchRun, RunOptions, default_run_dir
+from trinfer.batch.run import BatchRun
+from trinfer.data.documents import Document
 from trinfer.data.readers import Inputs
-from trinfer.data.records import Raw
+from trinfer.data.records import InvalidRow, Raw, content_key
+from trinfer.data.values import told
+from trinfer.data.writers import is_stream
 from trinfer.engines.create import create_server
 from trinfer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 
     from trinfer.batch.items import Progress
     from trinfer.batch.jobs import RolloutFunction
     from trinfer.batch.summary import Summary
     from trinfer.config import InferenceConfig
-    from trinfer.data.documents import Document
     from trinfer.server.base import InferenceServer
 
 __all__ = ["InferenceRunner"]
@@ -100,16 +107,30 @@ class InferenceRunner:
             ("max_concurrent_generations", max_concurrent_generations),
             ("max_concurrent_documents", 1 if max_concurrent_documents is None else max_concurrent_documents),
         ):
-            if value < 1:
-                raise ConfigError(f"{name}={value}: allowed are integers >= 1")
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r}: allowed are integers >= 1")
         if not callable(rollout_fn):
             raise ConfigError(
                 f"rollout_fn={rollout_fn!r}: allowed is an async function (document, generate, **context)"
             )
+        kept = {"run_dir": run_dir, "ordered": ordered, "restart": restart}
+        kept |= {"accept_changes": accept_changes, "retry_failed": retry_failed}
+        for name in [] if durable else [name for name, value in kept.items() if value]:
+            raise ConfigError(f"{name} needs a run directory: allowed is one of {name} and durable=False")
         self._function, self._config = rollout_fn, config
         self._inputs = _inputs(reader)
         self._shared = shared_context
+        if not isinstance(writer, str | Path | Output):
+            raise ConfigError(f"writer={writer!r}: allowed are paths and Output")
         output = writer if isinstance(writer, Output) else Output(str(writer))
+        if durable and is_stream(output.path):
+            raise ConfigError(
+                f"{output.path} is a stream, which a run cannot continue: allowed is durable=False with it"
+            )
+        _check_params(config.default_generation_params)
+        if isinstance(self._inputs, _Documents):
+            text_field = "text"  # they have it where documents have it
+        code = str(version) if version is not None else _source_hash(rollout_fn)
         self._options = RunOptions(
             output=output,
             run_dir=(Path(run_dir) if run_dir is not None else default_run_dir(output.path)) if durable else None,
@@ -120,7 +141,7 @@ class InferenceRunner:
                 "engine": config.server_type,
                 "use_chat": config.use_chat,
                 "params": dict(config.default_generation_params),
-                "rollout": version if version is not None else _source_hash(rollout_fn),
+                "rollout": code,
                 "rollouts_per_document": rollouts_per_document,
                 "metadata_key": metadata_key,
                 "text_field": text_field,
@@ -132,7 +153,9 @@ class InferenceRunner:
             accept_changes=accept_changes,
             retry_failed=retry_failed,
         )
-        self._job = RolloutJob(rollout_fn, rollouts_per_document, metadata_key=metadata_key, text_field=text_field)
+        self._job = RolloutJob(
+            rollout_fn, rollouts_per_document, metadata_key=metadata_key, text_field=text_field, code=code
+        )
 
     async def run(
         self,
@@ -156,29 +179,64 @@ class InferenceRunner:
 
         Cancelled: requests under way are dropped; what was answered is kept.
         """
-        if not 0 <= rank < world_size:
-            raise ConfigError(f"rank={rank} of world_size={world_size}: allowed is 0 <= rank < world_size")
+        if not _in_trio():
+            raise ConfigError(
+                "run() is called without trio: allowed are `trio.run(runner.run)` and `runner.run_sync()`",
+                cause="asyncio, or another library, runs the program",
+            )
+        if not (isinstance(rank, int) and isinstance(world_size, int) and 0 <= rank < world_size):
+            raise ConfigError(
+                f"rank={rank!r} of world_size={world_size!r}: allowed are integers with 0 <= rank < world_size"
+            )
         options = replace(self._options, rank=rank, world_size=world_size)
-        with BatchRun(self._inputs, self._job, options) as batch:
+        job = copy.copy(self._job)  # which gets this run's context: ranks may run side by side
+        with BatchRun(self._inputs, job, options) as batch:
             if batch.is_finished:
                 batch.summary.is_complete = True
                 return batch.summary
-            await batch.run(lambda: self._server(rank), stop=stop, progress=progress)
+            await batch.run(lambda: self._server(rank, job), stop=stop, progress=progress)
             return batch.summary
 
     def run_sync(self, rank: int = 0, world_size: int = 1) -> Summary:
         """`run` for callers without trio. Ctrl-C ends it, and what was answered is kept."""
-        return trio.run(self.run, rank, world_size, restrict_keyboard_interrupt_to_checkpoints=True)
+        if _in_trio():
+            raise ConfigError("run_sync() is called within trio: allowed is `await runner.run()`")
+        try:
+            return trio.run(self.run, rank, world_size, restrict_keyboard_interrupt_to_checkpoints=True)
+        except BaseExceptionGroup as group:
+            if group.subgroup(KeyboardInterrupt) is None:
+                raise
+            raise KeyboardInterrupt from None  # as a program without nurseries would get it
 
     @asynccontextmanager
-    async def _server(self, rank: int) -> AsyncIterator[InferenceServer | None]:
+    async def _server(self, rank: int, job: RolloutJob) -> AsyncIterator[InferenceServer | None]:
         async with create_server(self._config, rank) as server:
             if server is None:  # a worker node
                 yield None  # type: ignore[unreachable]
                 return
             async with entered(self._shared) as context:
-                self._job.context = context
+                job.context = context
                 yield server
+
+
+def _check_params(params: Mapping[str, Any]) -> None:
+    """Refuse parameters that no request could hold, and no manifest. Raises ConfigError."""
+    for name, value in params.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"InferenceConfig.default_generation_params[{name!r}] is {value!r}: allowed are JSON values",
+                cause=str(error),
+            ) from error
+
+
+def _in_trio() -> bool:
+    try:
+        trio.lowlevel.current_task()
+    except RuntimeError:
+        return False
+    return True
 
 
 class _Documents(Inputs):
@@ -186,11 +244,42 @@ class _Documents(Inputs):
 
     def __init__(self, documents: Iterable[Document]) -> None:
         super().__init__([])
-        self._documents = documents
+        try:
+            self._documents: Iterable[Document] = documents
+            self._can_be_read_again = iter(documents) is not documents
+        except TypeError as error:
+            raise ConfigError(
+                f"the reader is a {type(documents).__name__}: allowed are paths, Inputs and iterables of documents"
+            ) from error
+
+    @property
+    def is_repeatable(self) -> bool:
+        return self._can_be_read_again
 
     def __iter__(self) -> Iterator[Raw]:
         for number, document in enumerate(self._documents, 1):
-            yield Raw(f"document {number}", len(document.text), document.to_dict())
+            if not isinstance(document, Document):
+                raise ConfigError(
+                    f"number {number} of the reader is a {type(document).__name__}: allowed are documents, such as "
+                    "Document(text=…, id=…)"
+                )
+            size = len(document.text) if isinstance(document.text, str) else 0
+            place = f"document {number}"
+            try:
+                fields = document.to_dict()
+            except Exception as problem:  # anything may stand in its parts
+                error = InvalidRow(f"{place}: it is no document: {type(problem).__name__}: {problem}")
+                yield Raw(place, size, {"document": [told(each) for each in vars(document).values()]}, error)
+                continue
+            # A rollout may change its document, but not the caller's: that would be another one when it is read again.
+            yield Raw(place, size, _detached(fields))
+
+
+def _detached(value: Any) -> Any:  # noqa: ANN401  # a value of a document
+    """A copy of dicts and lists, all the way down."""
+    if type(value) is dict:
+        return {name: _detached(each) for name, each in value.items()}
+    return [_detached(each) for each in value] if type(value) is list else value
 
 
 def _inputs(reader: str | Sequence[str] | Inputs | Iterable[Document]) -> Inputs:
@@ -204,9 +293,17 @@ def _inputs(reader: str | Sequence[str] | Inputs | Iterable[Document]) -> Inputs
 
 
 def _source_hash(function: RolloutFunction) -> str:
-    """A short hash of a function's source; its name where there is none."""
+    """A short hash of a function's source, and of what `functools.partial` gives it; its name where there is none."""
+    given: list[Any] = []
+    while isinstance(function, functools.partial):
+        given.append([function.args, function.keywords])
+        function = function.func
     try:
-        source = inspect.getsource(inspect.unwrap(function))
+        source = inspect.cleandoc(inspect.getsource(inspect.unwrap(function)))
     except (OSError, TypeError):
-        return getattr(function, "__qualname__", type(function).__qualname__)
-    return hashlib.sha256(inspect.cleandoc(source).encode()).hexdigest()[:16]
+        source = getattr(function, "__qualname__", type(function).__qualname__)
+        if not given:
+            return source
+    with contextlib.suppress(ValueError, RecursionError):  # of an object that holds itself
+        source += content_key({"given": given}).hex() if given else ""
+    return hashlib.sha256(source.encode()).hexdigest()[:16]

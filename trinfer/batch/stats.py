@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trinfer.batch.summary import Summary
+from trinfer.batch.summary import Histogram, Summary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ class Session:
         self._points: list[list[float]] = []
         self._interval = 1.0
         self._next = 0.0
-        self._last_latency = (0, 0.0)
+        self._latency_before = Histogram()
 
     def sample(self) -> None:
         """Look at the summary; called about once in a second."""
@@ -59,9 +59,11 @@ class Session:
             return
         self._next = now + self._interval
         summary = self._summary
-        middle = summary.latency.percentile(50) or 0.0
+        latency = summary.latency - self._latency_before
+        self._latency_before = Histogram(summary.latency.counts)
+        percentiles = [round(latency.percentile(percent) or 0.0, 4) for percent in (50, 99)]
         tokens = summary.prompt_tokens + summary.completion_tokens
-        self._points.append([round(now, 1), summary.done, tokens, summary.in_flight, round(middle, 4), summary.failed])
+        self._points.append([round(now, 1), summary.done, tokens, summary.in_flight, *percentiles, summary.failed])
         if len(self._points) > POINTS:
             del self._points[::2]
             self._interval *= 2
@@ -72,7 +74,7 @@ class Session:
             "began": self._began,
             "seconds": round(time.monotonic() - self._start, 3),
             "summary": self._summary.to_json(),
-            "timeline": self._points,
+            "timeline": list(self._points),
         }
 
 

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 __all__ = ["Histogram", "Summary"]
 
 PER_OCTAVE = 8  # buckets; each is 9 % wider than the one before
+ZERO = -1000  # the bucket of 0
+
+
+def bucket_of(value: float) -> int:
+    return math.floor(math.log2(value) * PER_OCTAVE) if value > 0 else ZERO
+
+
+BUCKETS = [bucket_of(number) for number in range(4096)]  # of numbers of tokens, which are counted for each request
 
 
 class Histogram:
@@ -25,7 +33,15 @@ class Histogram:
         self.counts: Counter[int] = Counter(counts or {})
 
     def add(self, value: float) -> None:
-        self.counts[math.floor(math.log2(value) * PER_OCTAVE) if value > 0 else -1000] += 1
+        self.counts[bucket_of(value)] += 1
+
+    def add_count(self, value: int) -> None:
+        """The same for an integer, sooner."""
+        self.counts[BUCKETS[value] if 0 <= value < len(BUCKETS) else bucket_of(value)] += 1
+
+    def __sub__(self, before: Histogram) -> Histogram:
+        """What has come since."""
+        return Histogram(self.counts - before.counts)
 
     @property
     def total(self) -> int:
@@ -42,11 +58,11 @@ class Histogram:
 
     @staticmethod
     def middle(bucket: int) -> float:
-        return 0.0 if bucket == -1000 else float(2 ** ((bucket + 0.5) / PER_OCTAVE))
+        return 0.0 if bucket == ZERO else float(2 ** ((bucket + 0.5) / PER_OCTAVE))
 
     def bars(self) -> Iterator[tuple[float, int]]:
         """Middle and count of each bucket, from the first to the last that has any."""
-        buckets = [bucket for bucket in self.counts if bucket != -1000]
+        buckets = [bucket for bucket in self.counts if bucket != ZERO]
         for bucket in range(min(buckets, default=0), max(buckets, default=-1) + 1):
             yield self.middle(bucket), self.counts[bucket]
 
@@ -57,7 +73,7 @@ class Summary:
 
     Attributes:
         ok, failed, removed: rows with an answer, with an error, and those whose rollouts all gave None.
-        skipped: rows that an earlier session had done.
+        skipped: rows that an earlier session had done; failed_before: those of them that failed.
         bytes_read: of the input, by rows that are done.
         requests, cache_hits: generations asked for, and those that an earlier session had paid for.
         prompt_tokens, completion_tokens: as the server counted them.
@@ -79,6 +95,7 @@ class Summary:
     failed: int = 0
     removed: int = 0
     skipped: int = 0
+    failed_before: int = 0
     bytes_read: int = 0
     requests: int = 0
     cache_hits: int = 0
@@ -106,8 +123,8 @@ class Summary:
         self.completion_tokens += completion
         self.finish_reasons[result.finish_reason or "none"] += 1
         self.latency.add(seconds)
-        self.prompt_lengths.add(prompt)
-        self.completion_lengths.add(completion)
+        self.prompt_lengths.add_count(prompt)
+        self.completion_lengths.add_count(completion)
 
     def add_failure(self, size: int, error: TrinferError) -> None:
         """One row has failed for good."""

@@ -63,10 +63,17 @@ def execute(arguments: argparse.Namespace) -> int:
 def _check_engine(arguments: argparse.Namespace) -> list[Finding]:
     from trinfer.config import InferenceConfig
     from trinfer.engines.create import create_server
-    from trinfer.errors import ServerError
+    from trinfer.errors import ConfigError, ServerError
     from trinfer.server.preflight import Finding, thorough
 
     if arguments.engine is None:
+        given = [name for name in ("model", "executable") if getattr(arguments, name)]
+        given += [name for name in ("tp", "pp", "dp") if getattr(arguments, name) != 1]
+        if given:
+            raise ConfigError(
+                f"--{given[0]} says something about an engine, and none is named",
+                advice="add --engine vllm, sglang, llamacpp or transformers",
+            )
         return []
     config = InferenceConfig(
         arguments.engine,

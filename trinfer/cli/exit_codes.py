@@ -23,7 +23,7 @@ exit codes:
   4    an input, an output or the run directory could not be used
   5    the run was stopped because rows fail (--on-error fail, --max-failures)
   70   an error in trinfer itself
-  75   stopped by SIGTERM, SIGUSR1 or --time-limit; what was under way has been finished: run it again
+  75   stopped by SIGTERM, SIGHUP, SIGUSR1 or --time-limit; what was under way has been finished: run it again
   130  interrupted (SIGINT)
 the first signal lets requests under way be answered, for --drain-timeout seconds; the second ends the run at once, with
 128 plus its number.

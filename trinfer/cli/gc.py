@@ -27,6 +27,7 @@ __all__ = ["add_parser", "execute"]
 
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 GONE = 5.0  # seconds after SIGKILL until what is left counts as unkillable
+CLEAN_LOOKS = 2  # in a row: a process within exec(2) shows no environment for a moment
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -82,14 +83,15 @@ def _end(orphans: Sequence[Tree]) -> list[Tree]:
     wanted = {(tree.run, tree.server) for tree in orphans}
     give_up = time.monotonic() + GRACE
     _signal(orphans, signal.SIGTERM)
-    while left := _left(wanted):
-        if time.monotonic() > give_up:
-            break
+    while _left(wanted) and time.monotonic() < give_up:
         time.sleep(0.05)
     give_up = time.monotonic() + GONE
-    while left := _left(wanted):  # again and again: what is forked meanwhile is found by its environment, too
+    clean = 0
+    while clean < CLEAN_LOOKS:  # again and again: what is forked meanwhile is found by its environment, too
+        left = _left(wanted)
         _signal(left, signal.SIGKILL)
-        if time.monotonic() > give_up:
+        clean = 0 if left else clean + 1
+        if left and time.monotonic() > give_up:
             return left
         time.sleep(0.02)
     return []
@@ -109,16 +111,18 @@ def _known() -> list[tuple[str, str, list[tuple[int, int]]]]:
 
 
 def _signal(trees: Sequence[Tree], number: signal.Signals) -> None:
-    from trinfer.process.identity import is_alive, read_marks
+    from trinfer.process.identity import is_alive, read_marks, start_time
 
-    seen = {(run, server, pid) for run, server, processes in _known() for pid, _ in processes}
+    seen = {(run, server, *process) for run, server, processes in _known() for process in processes}
     for tree in trees:
         for pid in tree.pids:
             with contextlib.suppress(OSError):  # it has gone meanwhile
                 handle = os.pidfd_open(pid)
                 try:
                     gone = bool(select.select([handle], [], [], 0)[0])
-                    ours = read_marks(pid) == (tree.run, tree.server) or (tree.run, tree.server, pid) in seen
+                    ours = read_marks(pid) == (tree.run, tree.server) or (
+                        (tree.run, tree.server, pid, start_time(pid)) in seen
+                    )
                     if not gone and ours and is_alive(tree.run) is False:
                         signal.pidfd_send_signal(handle, number)
                         signal.pidfd_send_signal(handle, signal.SIGCONT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from typing import IO, TYPE_CHECKING
@@ -17,6 +18,7 @@ __all__ = ["add_parser", "execute"]
 
 LOOKS = 0.2  # seconds between two looks at a log that is followed
 BLOCK = 64 * 1024
+ROTATED = 3  # files that are kept behind the newest, see `trinfer.process.output.EngineLog`
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -78,7 +80,8 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _show(path: Path, arguments: argparse.Namespace) -> None:
     out = sys.stdout.buffer
-    file = path.open("rb")
+    file: IO[bytes] = path.open("rb")
+    is_over = False
     try:
         out.write(_tail(file, max(0, arguments.lines)))
         out.flush()
@@ -86,11 +89,16 @@ def _show(path: Path, arguments: argparse.Namespace) -> None:
             while data := file.read(BLOCK):
                 out.write(data)
             out.flush()
-            if _is_rotated(file, path):
-                file.close()
-                file = path.open("rb")
-            elif not _is_running(path):
+            if is_over:
                 return
+            newer = _next_file(file, path)
+            if newer is not None:
+                # Read to its end only now that nobody writes to it any more.
+                shutil.copyfileobj(file, out)
+                file.close()
+                file = newer
+            elif not _is_running(path):
+                is_over = True  # once more, for what has come since the last look
             else:
                 time.sleep(LOOKS)
     finally:
@@ -110,11 +118,28 @@ def _tail(file: IO[bytes], lines: int) -> bytes:
     return b"".join(data.splitlines(keepends=True)[-lines:]) if lines else b""
 
 
-def _is_rotated(file: IO[bytes], path: Path) -> bool:
-    try:
-        return path.stat().st_ino != os.fstat(file.fileno()).st_ino
-    except FileNotFoundError:
-        return False
+def _next_file(file: IO[bytes], path: Path) -> IO[bytes] | None:
+    """The file that was begun after this one; None while this one is the newest.
+
+    It may have been rotated several times since the last look: then the next one is not the newest.
+    """
+    ours = os.fstat(file.fileno()).st_ino
+    newer: IO[bytes] | None = None
+    for number in range(ROTATED + 1):
+        try:
+            found = path.with_name(f"{path.name}.{number}" if number else path.name).open("rb")
+        except FileNotFoundError:  # in the midst of a rotation
+            if number:
+                break
+            continue
+        if os.fstat(found.fileno()).st_ino == ours:
+            found.close()
+            return newer
+        if newer is not None:
+            newer.close()
+        newer = found
+    # It has been dropped: the oldest that is left goes on.
+    return newer
 
 
 def _is_running(path: Path) -> bool:

@@ -84,8 +84,16 @@ def _report(error: Exception) -> int:
     from trinfer.errors import ConfigError, FileError, RunStopped, ServerError, TrinferError
     from trinfer.observe.progress import say
 
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
     if isinstance(error, OSError) and _is_stdout(error):
         error = FileError(f"standard output cannot be written: {error.strerror}")
+    elif isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
+        error = FileError(
+            f"too few files can be open at once: {error}", advice="raise the limit: `ulimit -n 4096`, for instance"
+        )
+    elif isinstance(error, FileNotFoundError) and _is_astray():
+        error = FileError("the working directory does not exist any more", advice="go to one that does, and try again")
     say(f"trinfer: {error}" if isinstance(error, TrinferError) else _bug(error))
     for kind, code in (
         (ConfigError, exit_codes.USAGE),
@@ -103,9 +111,16 @@ def _is_stdout(error: OSError) -> bool:
     return error.filename is None and error.errno in {errno.ENOSPC, errno.EIO, errno.EBADF}
 
 
+def _is_astray() -> bool:
+    """Whether the working directory was removed: then relative paths name nothing."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def _bug(error: Exception) -> str:
-    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
     return (
         f"trinfer: unexpected {type(error).__name__}: {error}\n"
         "  what to do: this is a bug of trinfer; run it again with TRINFER_DEBUG=1, and report the traceback"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trinfer.config import InferenceConfig
 
-__all__ = ["add_engine_options", "at_least_one", "duration", "make_config", "pairs", "price", "seconds"]
+__all__ = ["add_engine_options", "at_least_one", "duration", "make_config", "pairs", "price", "seconds", "shard"]
 
 ENGINES = ("dummy", "vllm", "sglang", "llamacpp", "transformers", "custom", "endpoint")
 
@@ -90,11 +91,19 @@ def duration(text: str) -> float:
         if len(parts) > 3 or (dash and not days.isdigit()):
             raise ValueError(text)
         value = sum(part * 60.0**power for power, part in enumerate(reversed(parts))) + int(days or 0) * 86400.0
-    except ValueError:
+    except (ValueError, OverflowError):
         value = -1.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r}: allowed are seconds, or [DAYS-][HOURS:]MINUTES:SECONDS")
     return value
+
+
+def shard(text: str) -> tuple[int, int]:
+    """``3/16``: the rank, from 0, and how many there are."""
+    rank, slash, size = text.partition("/")
+    if not (slash and rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed is RANK/COUNT with 0 <= RANK < COUNT, such as 0/4")
+    return int(rank), int(size)
 
 
 def at_least_one(text: str) -> int:
@@ -103,8 +112,8 @@ def at_least_one(text: str) -> int:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed are integers >= 1")
+    if not 1 <= value <= sys.maxsize:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: allowed are integers >= 1, up to {sys.maxsize}")
     return value
 
 

@@ -39,12 +39,14 @@ def servers() -> list[dict[str, Any]]:
 
     from trinfer.process.gpus import gpu_users
     from trinfer.process.identity import find_trees, is_alive
-    from trinfer.process.ledger import entries
+    from trinfer.process.ledger import entries, living
 
     found: dict[str, dict[str, Any]] = {}
+    known = []  # also processes that have lost their environment: vLLM's, which hold the GPUs
     for path, entry in entries():
         found[entry.server] = {**asdict(entry), "pids": [], "entry": str(path)}
-    for tree in find_trees():
+        known.append((entry.run, entry.server, living(entry)))
+    for tree in find_trees(known):
         nothing_known = {"server": tree.server, "run": tree.run, "engine": "", "model": "", "state": "unknown"}
         found.setdefault(tree.server, nothing_known)["pids"] = sorted(tree.pids)
     memory = {user.pid: user.used for user in gpu_users() or ()}

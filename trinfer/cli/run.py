@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from trinfer.cli import exit_codes
-from trinfer.cli.options import add_engine_options, at_least_one, make_config, pairs
+from trinfer.cli.options import add_engine_options, at_least_one, make_config, pairs, shard
 from trinfer.cli.session import Session, add_run_options, prices
 
 if TYPE_CHECKING:
+    from trinfer.batch.options import RunOptions
     from trinfer.batch.prompts import Prompts
-    from trinfer.batch.run import RunOptions
     from trinfer.data.readers import Inputs
 
 __all__ = ["add_parser", "execute"]
@@ -54,6 +53,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--output-format", choices=("jsonl", "jsonl.gz", "jsonl.zst", "parquet"), help="of the parts in a folder")
     add("--limit", type=at_least_one, metavar="N", help="only the first N rows")
     add("--shuffle", type=int, metavar="SEED", help="rows in another order, drawn from 10,000 at a time")
+    add(
+        "--shard",
+        type=shard,
+        default=(0, 1),
+        metavar="RANK/COUNT",
+        help="only this share of the rows, such as $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT; OUTPUT is a folder",
+    )
     add("--dry-run", action="store_true", help="show the first requests and an estimate of tokens, and start nothing")
     add_run_options(parser)
     add_engine_options(parser)
@@ -122,12 +128,14 @@ def run_options(arguments: argparse.Namespace, params: dict[str, Any], job: dict
     from pathlib import Path
 
     from trinfer._version import __version__
+    from trinfer.batch.options import RunOptions, default_run_dir
     from trinfer.batch.pipeline import Limits
     from trinfer.batch.policy import ErrorPolicy
     from trinfer.batch.publish import Output
-    from trinfer.batch.run import RunOptions, default_run_dir
+    from trinfer.cli.descriptors import affordable
     from trinfer.data.writers import is_stream
     from trinfer.errors import ConfigError
+    from trinfer.observe.progress import say
 
     output = "-" if arguments.output == "/dev/stdout" else arguments.output
     durable = arguments.durable
@@ -138,16 +146,26 @@ def run_options(arguments: argparse.Namespace, params: dict[str, Any], job: dict
     run_dir = None
     if durable is not False:
         run_dir = Path(arguments.run_dir) if arguments.run_dir else default_run_dir(output)
-    elif arguments.ordered:
-        raise ConfigError("--ordered needs a run directory: allowed is one of --ordered and --no-durable")
+    else:
+        for name in ("ordered", "run_dir", "restart", "accept_changes", "repair"):
+            if getattr(arguments, name):
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} needs a run directory: allowed is one of {option} and --no-durable")
+    rank, world_size = getattr(arguments, "shard", (0, 1))
+    # The embedded engine has the other ends of all connections.
+    requests = affordable(arguments.max_concurrent, each=2 if arguments.engine == "dummy" else 1)
+    if requests < arguments.max_concurrent and not arguments.quiet:
+        say(f"at most {requests} requests at once: this system allows no more open files (ulimit -Hn)")
     return RunOptions(
         output=Output(output, suffix=getattr(arguments, "output_format", None) or "jsonl"),
         run_dir=run_dir,
-        limits=Limits(arguments.max_concurrent, rollouts=getattr(arguments, "rollouts", 1)),
+        limits=Limits(requests, rollouts=getattr(arguments, "rollouts", 1)),
         policy=ErrorPolicy.of(arguments.on_error, arguments.max_failures),
         params=params,
         job=job,
-        notes={"trinfer": __version__, "command": arguments.argv, "folder": os.getcwd()},
+        notes={"trinfer": __version__, "command": arguments.argv},
+        rank=rank,
+        world_size=world_size,
         ordered=arguments.ordered,
         overwrite=arguments.overwrite,
         restart=arguments.restart,
@@ -184,13 +202,15 @@ def _dry_run(inputs: Inputs, prompts: Prompts, params: dict[str, Any], arguments
         read += raw.size
         try:
             payload = {**params, **prompts.payload(raw.fields(), raw.place)}
-        except InvalidRow as error:
+            shown = json.dumps(payload, indent=1, ensure_ascii=True) if rows <= DRY_ROWS else ""
+            texts = _texts(payload.get("messages", payload.get("prompt")))
+        except (InvalidRow, RecursionError) as error:
             invalid += 1
-            say(str(error))
+            say(str(error) if isinstance(error, InvalidRow) else f"{raw.place}: the row is nested too deeply")
             continue
-        if rows <= DRY_ROWS:
-            sys.stdout.write(json.dumps(payload, indent=1, ensure_ascii=True) + "\n")
-        characters += sum(len(text) for text in _texts(payload.get("messages", payload.get("prompt"))))
+        if shown:
+            sys.stdout.write(shown + "\n")
+        characters += sum(map(len, texts))
     total, about = rows, ""
     if inputs.total_bytes and read and rows >= DRY_SAMPLE:
         total, about = round(rows * inputs.total_bytes / read), "about "

@@ -20,16 +20,13 @@ if TYPE_CHECKING:
 
     import trio
 
-    from trinfer.batch.items import Generator, Progress
+    from trinfer.batch.items import Generator
     from trinfer.batch.run import BatchRun
     from trinfer.batch.stats import Prices
-    from trinfer.batch.summary import Summary
     from trinfer.config import InferenceConfig
     from trinfer.server.base import InferenceServer
 
 __all__ = ["Session", "add_run_options", "prices"]
-
-ENGINE_LOOKS = 0.5  # seconds between two looks at what the engine is doing
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +41,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--restart", action="store_true", help="throw the run directory away, and begin anew")
     add("--accept-changes", action="store_true", help="continue although prompt, model or parameters have changed")
-    add("--repair", action="store_true", help="go on behind a damaged part of the journal; what was in it is run again")
+    add("--repair", action="store_true", help="take damaged parts out of the journal; what was in them is run again")
     add("--overwrite", action="store_true", help="replace an output that exists")
     add("--ordered", action="store_true", help="write the rows in the order of the input")
     add("--max-concurrent", type=at_least_one, default=256, metavar="N", help="requests at once (default: %(default)s)")
@@ -96,7 +93,6 @@ class Session:
         self._arguments, self._config, self._batch, self._adapt = arguments, config, batch, adapt
         self._total_bytes = total_bytes
         self._signal: int | None = None
-        self._server: InferenceServer | None = None
 
     def execute(self) -> int:
         """Run; returns the exit code.
@@ -117,18 +113,22 @@ class Session:
         failure: TrinferError | None = None
         self._stopping = trio.Event()
         began = trio.current_time()
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) as signals:
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)
+        with trio.open_signal_receiver(*numbers) as signals:
             async with trio.open_nursery() as nursery:
                 work = trio.CancelScope()
                 nursery.start_soon(self._hear, signals, work)
                 nursery.start_soon(self._watch_time, work)
                 with work:
                     try:
-                        await self._generate(batch, summary)
+                        await self._generate(batch)
                     except TrinferError as error:
                         failure = error
                 nursery.cancel_scope.cancel()
-        is_complete = summary.is_complete and not work.cancelled_caught and failure is None
+        # Publishing is not broken off: a signal that comes so late changes nothing.
+        is_complete = failure is None and summary.is_complete and (batch.is_published or not work.cancelled_caught)
         self._tell(trio.current_time() - began, is_complete=is_complete, failed=failure is not None)
         if failure is not None:
             raise failure
@@ -145,58 +145,27 @@ class Session:
             cost = prices(self._arguments).cost(summary.prompt_tokens, summary.completion_tokens, took)
             say(describe(summary, took, cost))
         if batch.directory is not None:
-            if not is_complete:
+            if batch.directory.mended:
+                say(f"{batch.directory.mended} damaged parts were taken out of the journal; their rows were run again")
+            if not is_complete and batch.directory.has_begun:
                 say(f"the run is not complete: run the same command again to continue it ({batch.directory.path})")
             elif batch.published is not None and batch.published.failed:
                 say(
-                    f"{batch.published.failed} rows failed: see {batch.directory.path}/errors.jsonl; "
+                    f"{batch.published.failed} rows failed: see {batch.directory.errors_file}; "
                     f"`trinfer retry {batch.directory.path}` runs them again"
                 )
         elif not is_complete and batch.unfinished is not None and _has_content(batch.unfinished):
             say(f"the run is not complete; its rows so far are in {batch.unfinished}")
 
-    async def _generate(self, batch: BatchRun, summary: Summary) -> None:
-        import trio
-
+    async def _generate(self, batch: BatchRun) -> None:
         from trinfer.engines.create import create_server
-        from trinfer.errors import TrinferError
         from trinfer.observe.progress import show_progress
 
-        failure: TrinferError | None = None
         wanted = not (self._arguments.no_progress or self._arguments.quiet)
         with show_progress(self._total_bytes, wanted=wanted) as progress:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch_engine, summary, progress)
-                try:
-                    await batch.run(
-                        lambda: create_server(self._config),
-                        stop=self._stopping,
-                        progress=progress,
-                        on_server=self._on_server,
-                        adapt=self._adapt,
-                    )
-                except TrinferError as error:
-                    failure = error
-                nursery.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
-
-    def _on_server(self, server: InferenceServer) -> None:
-        self._server = server
-
-    async def _watch_engine(self, summary: Summary, progress: Progress) -> None:
-        """Say what the engine is doing, also while no rows are done: a start may take minutes."""
-        import trio
-
-        while True:
-            server = self._server
-            if server is None or server.state.value == "stopped":
-                summary.engine = "reading the journal" if server is None else summary.engine
-            else:
-                summary.engine = server.phase or server.state.value
-                summary.restarts = server.restarts
-            progress.update(summary)
-            await trio.sleep(ENGINE_LOOKS)
+            await batch.run(
+                lambda: create_server(self._config), stop=self._stopping, progress=progress, adapt=self._adapt
+            )
 
     async def _hear(self, signals: Any, work: trio.CancelScope) -> None:  # noqa: ANN401  # trio's receiver type is private
         async for number in signals:
@@ -221,6 +190,7 @@ class Session:
         say(f"\n{message}")
         self._stopping.set()
         # An engine that is still loading has answered nothing, and will not in time.
-        is_ready = self._server is not None and self._server.state.value in {"ready", "restarting"}
-        is_over = self._batch.summary.is_complete and self._server is not None
+        server = self._batch.server
+        is_ready = server is not None and server.state.value in {"ready", "restarting"}
+        is_over = self._batch.summary.is_complete and server is not None
         work.deadline = trio.current_time() + (self._arguments.drain_timeout if is_ready or is_over else 0.0)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Document", "Media"]
 
-OWN_FIELDS = ("text", "id", "media", "metadata")
+OWN_FIELDS = ("id", "media", "metadata")  # and that of the text
 
 
 @dataclass
@@ -44,13 +44,23 @@ class Media:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Media:
-        """The inverse of `to_dict`; names that it does not know go to metadata."""
-        known = {name: each for name, each in value.items() if name in cls.__dataclass_fields__}
+        """The inverse of `to_dict`; names that it does not know go to metadata.
+
+        Raises:
+            ValueError: a field has the wrong type; the message says which.
+        """
+        # Formats with columns have a value for every name: None is one that is not there.
+        known = {name: each for name, each in value.items() if name in cls.__dataclass_fields__ and each is not None}
         if isinstance(known.get("media_bytes"), str):
-            known["media_bytes"] = base64.b64decode(known["media_bytes"])
-        media = cls(**known)
-        media.metadata = {**{n: v for n, v in value.items() if n not in known}, **media.metadata}
-        return media
+            try:
+                known["media_bytes"] = base64.b64decode(known["media_bytes"], validate=True)
+            except ValueError as error:
+                raise ValueError(f"the field 'media_bytes' of a medium is no base64: {error}") from error
+        metadata = known.pop("metadata", {})
+        if not isinstance(metadata, dict):
+            raise ValueError("the field 'metadata' of a medium is no object")
+        rest = {name: each for name, each in value.items() if name not in cls.__dataclass_fields__}
+        return cls(**known, metadata={**rest, **metadata})
 
 
 @dataclass
@@ -93,6 +103,6 @@ class Document:
         metadata = fields.get("metadata") or {}
         if not isinstance(metadata, dict):
             raise ValueError("the field 'metadata' is no object")
-        rest = {name: each for name, each in fields.items() if name not in OWN_FIELDS and name != text_field}
+        rest = {name: each for name, each in fields.items() if name not in {*OWN_FIELDS, text_field}}
         own = fields.get("id")
         return cls(text, id if own is None else str(own), [Media.from_dict(m) for m in media], {**rest, **metadata})

@@ -11,6 +11,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trinfer.data.values import told
+from trinfer.encoding import decode_json
 from trinfer.errors import TrinferError
 
 if TYPE_CHECKING:
@@ -49,7 +51,10 @@ class Raw(NamedTuple):
         if not isinstance(self.data, bytes):
             return dict(self.data)
         try:
-            value = json.loads(self.data.decode("utf-8-sig"))
+            text = self.data.decode()
+            if text[:1] == "\ufeff":  # sooner than the codec that knows of it
+                text = text[1:]
+            value = decode_json(text)
         except UnicodeDecodeError as error:
             raise InvalidRow(f"{self.place}: the line is not UTF-8 ({error.reason} at byte {error.start})") from error
         except (ValueError, RecursionError) as error:
@@ -62,8 +67,18 @@ class Raw(NamedTuple):
 def content_key(data: bytes | Mapping[str, Any]) -> bytes:
     """16 bytes that stand for the content."""
     if not isinstance(data, bytes):
-        data = json.dumps(data, sort_keys=True, default=repr).encode()
+        try:
+            data = json.dumps(data, sort_keys=True, default=told).encode()
+        except TypeError:  # names that are no texts, which have no order
+            data = json.dumps(_named(data), sort_keys=True, default=told).encode()
     return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _named(value: Any) -> Any:  # noqa: ANN401  # any value of a record
+    """The same, with texts as names all the way down."""
+    if isinstance(value, dict):
+        return {repr(told(name)): _named(each) for name, each in value.items()}
+    return [_named(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def numbered(key: bytes, number: int) -> bytes:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Disk", "advice_for", "write_file"]
+__all__ = ["Disk", "advice_for", "unfinished", "write_file"]
 
 PRIVATE = 0o600
 
@@ -54,6 +54,10 @@ class Disk:
 
     def truncate(self, fd: int, size: int) -> None:
         os.ftruncate(fd, size)
+
+    def remove(self, path: Path) -> None:
+        os.unlink(path)
+        self.sync_folder(path.parent)
 
     def replace(self, source: Path, target: Path) -> None:
         os.replace(source, target)

@@ -1,6 +1,6 @@
 """How the journal's bytes look: segments of frames, each frame one commit, each commit many records.
 
-    segment  = head of 16 bytes (magic, version, salt), then frames
+    segment  = head (magic, version, salt, checksum), then frames
     frame    = head (magic, salt, count, length and checksum of the bodies, checksum of head and table),
                table (kind, length, key of each record), bodies
 
@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 __all__ = [
     "HEAD_BYTES",
     "KEY_BYTES",
+    "LARGEST_BODY",
     "Corrupt",
     "Entry",
     "Frame",
     "Record",
     "encode_frame",
+    "find_salt",
+    "head_of",
     "new_head",
     "read_salt",
     "scan",
@@ -36,14 +39,15 @@ __all__ = [
 
 KEY_BYTES = 16
 MAGIC = b"trj1"
-SEGMENT = struct.Struct("<8sII")
+SEGMENT = struct.Struct("<8sIII")
 HEAD_BYTES = SEGMENT.size
 SEGMENT_MAGIC = b"trinferJ"
-VERSION = 1
+VERSION = 2
 HEAD = struct.Struct("<4sIIII")  # magic, salt, count, length of the bodies, checksum of the bodies
 CHECK = struct.Struct("<I")  # checksum of head and table
 ROW = struct.Struct("<BI16s")  # kind, length of the body, key
 LARGEST_COUNT = 1 << 20
+LARGEST_BODY = (1 << 30) - 1  # bytes
 CHUNK = 1 << 20
 
 
@@ -83,6 +87,11 @@ class Frame:
     checksum: int
     table: bytes
 
+    @property
+    def count(self) -> int:
+        """Records in it."""
+        return len(self.table) // ROW.size
+
     def entries(self) -> Iterator[Entry]:
         offset = self.bodies
         for kind, length, key in ROW.iter_unpack(self.table):
@@ -100,24 +109,52 @@ class Frame:
 def new_head() -> tuple[bytes, int]:
     """Head of a new segment, and its salt."""
     salt = secrets.randbits(32)
-    return SEGMENT.pack(SEGMENT_MAGIC, VERSION, salt), salt
+    return head_of(salt), salt
+
+
+def head_of(salt: int) -> bytes:
+    """The head of a segment with this salt."""
+    return SEGMENT.pack(SEGMENT_MAGIC, VERSION, salt, _head_check(VERSION, salt))
+
+
+def _head_check(version: int, salt: int) -> int:
+    return zlib.crc32(struct.pack("<8sII", SEGMENT_MAGIC, version, salt))
 
 
 def read_salt(fd: int) -> int | None:
-    """The salt of a segment; None where its head was never finished.
+    """The salt of a segment; None where its head was never finished: it is short, or still as the disk had it.
 
     Raises:
-        ValueError: this is no segment, or one of a later version.
+        ValueError: this is no segment, or one of another version.
+        Corrupt: its head is damaged. It must not be taken for an empty one.
     """
     data = os.pread(fd, SEGMENT.size, 0)
     if len(data) < SEGMENT.size:
         return None
-    magic, version, salt = SEGMENT.unpack(data)
-    if magic != SEGMENT_MAGIC:
-        raise ValueError("it is no journal of trinfer")
+    magic, version, salt, check = SEGMENT.unpack(data)
+    if check != _head_check(version, salt):
+        if magic != SEGMENT_MAGIC and find_salt(fd) is None:
+            if not any(data):
+                return None
+            raise ValueError("it is no journal of trinfer")
+        raise Corrupt(0, HEAD_BYTES)
     if version != VERSION:
         raise ValueError(f"its format is {version}; this trinfer reads {VERSION}")
+    if magic != SEGMENT_MAGIC:
+        raise Corrupt(0, HEAD_BYTES)
     return int(salt)
+
+
+def find_salt(fd: int) -> int | None:
+    """The salt of the first whole frame, for a segment whose head is damaged; None where there is none."""
+    size = os.fstat(fd).st_size
+    for at in _find(fd, MAGIC, 0, size):
+        data = os.pread(fd, HEAD.size, at)
+        if len(data) == HEAD.size:
+            salt = int(HEAD.unpack(data)[1])
+            if _frame_at(fd, salt, at, size) is not None:
+                return salt
+    return None
 
 
 def encode_frame(records: Sequence[Record], salt: int) -> bytes:
@@ -133,27 +170,27 @@ def scan(fd: int, salt: int, *, start: int = HEAD_BYTES, verify: bool) -> Iterat
     """Every whole frame of a segment, in order; ends at the end, or where the last frame is torn.
 
     Args:
-        verify: check the bodies, too. A torn frame may have its head and lack bytes of its bodies.
+        verify: check the bodies of all frames, too. Those of the last are checked in any case: a crash may leave its
+            head and table, and whatever the disk held before in place of its bodies.
 
     Raises:
         Corrupt: a frame is damaged, and whole ones follow: that is no crash, something has changed the file.
     """
     size = os.fstat(fd).st_size
     offset = start
-    while offset < size:
-        frame = _frame_at(fd, salt, offset, size)
-        if frame is not None and verify:
+    frame = _frame_at(fd, salt, offset, size)
+    while frame is not None:
+        following = _frame_at(fd, salt, frame.end, size)
+        if verify or following is None:
             try:
                 frame.read(fd)
             except Corrupt:
-                frame = None
-        if frame is None:
-            resumes = _next_frame(fd, salt, offset + 1, size)
-            if resumes is not None:
-                raise Corrupt(offset, resumes)
-            return
+                break
         yield frame
-        offset = frame.end
+        offset, frame = frame.end, following
+    resumes = _next_frame(fd, salt, offset + 1, size)
+    if resumes is not None:
+        raise Corrupt(offset, resumes)
 
 
 def _frame_at(fd: int, salt: int, offset: int, size: int) -> Frame | None:
@@ -175,15 +212,18 @@ def _frame_at(fd: int, salt: int, offset: int, size: int) -> Frame | None:
 
 def _next_frame(fd: int, salt: int, offset: int, size: int) -> int | None:
     """Where the next whole frame begins; None where there is none."""
-    mark = MAGIC + struct.pack("<I", salt)
+    places = _find(fd, MAGIC + struct.pack("<I", salt), offset, size)
+    return next((at for at in places if _frame_at(fd, salt, at, size) is not None), None)
+
+
+def _find(fd: int, mark: bytes, offset: int, size: int) -> Iterator[int]:
+    """Every place of these bytes from here on."""
     while offset < size:
         chunk = os.pread(fd, CHUNK, offset)
         at = chunk.find(mark)
         while at >= 0:
-            if _frame_at(fd, salt, offset + at, size) is not None:
-                return offset + at
+            yield offset + at
             at = chunk.find(mark, at + 1)
         if len(chunk) < len(mark):
-            return None
+            return
         offset += len(chunk) - len(mark) + 1
-    return None

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Index", "Place"]
 
-SLOT = struct.Struct("<16sIIQ")  # key, times seen, segment and state, offset and length
+SLOT = struct.Struct("<16sIIQ")  # key, times seen if more than once, segment and state, offset and length
+TAIL = struct.Struct("<IIQ")  # what follows the key
 SIZE = SLOT.size
-PROBE = 8  # slots read at once; a probe rarely needs more
+PROBE_BYTES = 8 * SIZE  # slots read at once; a probe rarely needs more
 FULL = 0.6
 EMPTY = bytes(16)
 
@@ -59,6 +60,7 @@ class Index:
         self._folder = folder
         self._slots = capacity
         self._count = 0
+        self._met = bytearray(-(-capacity // 8))  # a bit for each slot: most keys are met once, which needs no writing
         self._fd = self._open(capacity)
 
     def _open(self, slots: int) -> int:
@@ -74,10 +76,18 @@ class Index:
     def __len__(self) -> int:
         return self._count
 
+    def reserve(self, count: int) -> None:
+        """Make room for so many keys at once: growing step by step takes half of the time. Raises OSError."""
+        slots = self._slots
+        while count >= slots * FULL:
+            slots *= 2
+        if slots > self._slots:
+            self._grow(slots)
+
     def get(self, key: bytes) -> Place | None:
         """What is known of a key; None for nothing."""
-        _, found = self._find(self._fd, self._slots, key)
-        return found
+        at, tail = self._find(self._fd, self._slots, key)
+        return None if tail is None else self._place(at, tail)
 
     def record(self, key: bytes, state: int, segment: int, offset: int, *, keep: Container[int] = ()) -> int:
         """Remember a key's last record; returns its state before, 0 for none.
@@ -88,61 +98,86 @@ class Index:
         Raises:
             OSError: the disk is full, ….
         """
-        at, found = self._slot(key)
-        if found.state not in keep:
-            self._put(at, key, found.seen, state, segment, offset)
-        return found.state
+        at, tail = self._find(self._fd, self._slots, key)
+        times = before = 0
+        if tail is None:
+            at = self._room_for(key, at)
+        else:
+            times, where, _ = TAIL.unpack(tail)
+            before = where >> 24
+        if before not in keep:
+            os.pwrite(self._fd, SLOT.pack(key, times, state << 24 | segment, offset), at * SIZE)
+        return before
 
     def see(self, key: bytes) -> Place:
         """Count one occurrence in the input; returns what was known before. Raises OSError."""
-        at, found = self._slot(key)
-        self._put(at, key, found.seen + 1, found.state, found.segment, found.offset)
+        at, tail = self._find(self._fd, self._slots, key)
+        if tail is None:
+            at = self._room_for(key, at)
+            os.pwrite(self._fd, SLOT.pack(key, 1, 0, 0), at * SIZE)
+            self._met[at >> 3] |= 1 << (at & 7)
+            return NOTHING
+        found = self._place(at, tail)
+        if found.seen:
+            _, where, offset = TAIL.unpack(tail)
+            os.pwrite(self._fd, SLOT.pack(key, found.seen + 1, where, offset), at * SIZE)
+        else:
+            self._met[at >> 3] |= 1 << (at & 7)
         return found
 
-    def _slot(self, key: bytes) -> tuple[int, Place]:
-        """Where a key is or shall be; there is room for it."""
-        at, found = self._find(self._fd, self._slots, key)
-        if found is not None:
-            return at, found
+    def _place(self, at: int, tail: bytes) -> Place:
+        times, where, offset = TAIL.unpack(tail)
+        if not self._met[at >> 3] & 1 << (at & 7):
+            times = 0
+        elif not times:
+            times = 1
+        return Place(times, where >> 24, where & 0xFFFFFF, offset)
+
+    def _room_for(self, key: bytes, at: int) -> int:
+        """The slot for a new key, which would go to ``at``; the table grows where it gets full."""
         if self._count >= self._slots * FULL:
-            self._grow()
+            self._grow(self._slots * 4)
             at, _ = self._find(self._fd, self._slots, key)
         self._count += 1
-        return at, NOTHING
-
-    def _put(self, at: int, key: bytes, seen: int, state: int, segment: int, offset: int) -> None:
-        os.pwrite(self._fd, SLOT.pack(key, seen, state << 24 | segment, offset), at * SIZE)
+        return at
 
     @staticmethod
-    def _find(fd: int, slots: int, key: bytes) -> tuple[int, Place | None]:
-        """The slot of a key, or the empty one where it would go."""
+    def _find(fd: int, slots: int, key: bytes) -> tuple[int, bytes | None]:
+        """The slot of a key with what follows the key in it, or the empty one where it would go."""
         at = int.from_bytes(key[:8], "little") & (slots - 1)
         while True:
-            several = os.pread(fd, min(PROBE, slots - at) * SIZE, at * SIZE)
-            for offset in range(0, len(several), SIZE):
+            several = os.pread(fd, PROBE_BYTES, at * SIZE)  # fewer at the end of the table
+            first = several[:16]
+            if first == key:  # so it is, mostly
+                return at, several[16:SIZE]
+            if first == EMPTY:
+                return at, None
+            for offset in range(SIZE, len(several), SIZE):
                 its_key = several[offset : offset + 16]
                 if its_key == key:
-                    _, seen, where, position = SLOT.unpack_from(several, offset)
-                    return at + offset // SIZE, Place(seen, where >> 24, where & 0xFFFFFF, position)
+                    return at + offset // SIZE, several[offset + 16 : offset + SIZE]
                 if its_key == EMPTY:
                     return at + offset // SIZE, None
             at = (at + len(several) // SIZE) & (slots - 1)
 
-    def _grow(self) -> None:
-        slots = self._slots * 4
+    def _grow(self, slots: int) -> None:
         fd = self._open(slots)
+        met = bytearray(-(-slots // 8))
         try:
             for start in range(0, self._slots, 4096):
-                for slot in SLOT.iter_unpack(os.pread(self._fd, min(4096, self._slots - start) * SIZE, start * SIZE)):
+                several = os.pread(self._fd, min(4096, self._slots - start) * SIZE, start * SIZE)
+                for number, slot in enumerate(SLOT.iter_unpack(several), start):
                     key = slot[0]
                     if key != EMPTY:
                         at, _ = self._find(fd, slots, key)
                         os.pwrite(fd, SLOT.pack(*slot), at * SIZE)
+                        if self._met[number >> 3] & 1 << (number & 7):
+                            met[at >> 3] |= 1 << (at & 7)
         except OSError:
             os.close(fd)
             raise
         os.close(self._fd)
-        self._fd, self._slots = fd, slots
+        self._fd, self._slots, self._met = fd, slots, met
 
     def close(self) -> None:
         """Idempotent."""

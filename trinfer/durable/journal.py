@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Journal", "Segment", "read_segments"]
 
 SEGMENT_BYTES = 256 * 2**20
+FRAME_BYTES = 256 * 2**20  # what is more is written as several frames
 SUFFIX = ".journal"
 
 
@@ -31,12 +32,11 @@ class Segment:
     path: Path
     number: int
 
-    def frames(self, *, verify: bool, repair: bool = False) -> Iterator[Frame]:
+    def frames(self, *, verify: bool) -> Iterator[Frame]:
         """Every whole frame.
 
         Args:
             verify: check the bodies, too.
-            repair: go on behind damage instead of raising; what was in the damaged part counts as never done.
 
         Raises:
             FileError: it cannot be read, is no journal, or is damaged.
@@ -47,17 +47,10 @@ class Segment:
             raise FileError(f"the journal {self.path} cannot be read: {error.strerror}") from error
         try:
             salt = read_salt(fd)
-            if salt is None:
-                return
-            frames = scan(fd, salt, verify=verify)
-            while True:
-                try:
-                    yield from frames
-                    return
-                except Corrupt as damage:
-                    if not repair:
-                        raise self._damaged(damage) from damage
-                    frames = scan(fd, salt, start=damage.resumes, verify=verify)
+            if salt is not None:
+                yield from scan(fd, salt, verify=verify)
+        except Corrupt as damage:
+            raise self._damaged(damage) from damage
         except OSError as error:
             raise FileError(f"reading the journal {self.path} failed: {error.strerror}") from error
         except ValueError as error:
@@ -127,7 +120,6 @@ class Journal:
         *,
         segment_bytes: int = SEGMENT_BYTES,
         disk: Disk | None = None,
-        repair: bool = False,
     ) -> None:
         self.folder = folder
         self._disk = disk or Disk()
@@ -142,7 +134,7 @@ class Journal:
             segments = read_segments(folder)
             self.segment = segments[-1].number if segments else 0
             if segments:
-                self._take_up(segments[-1], repair)
+                self._take_up(segments[-1])
         except OSError as error:
             self.close()
             raise self._error(error, "opening") from error
@@ -150,14 +142,14 @@ class Journal:
             self.close()
             raise
 
-    def _take_up(self, segment: Segment, repair: bool) -> None:
+    def _take_up(self, segment: Segment) -> None:
         """Go on at the end of the last segment; what a crash has left of a commit is cut off."""
         fd = self._disk.open(segment.path, os.O_RDWR)
         self._fd = fd
-        try:
-            salt = read_salt(fd)
-        except ValueError as error:
-            raise FileError(f"the journal {segment.path} cannot be used: {error}") from error
+        end = HEAD_BYTES
+        for frame in segment.frames(verify=True):
+            end = frame.end
+        salt = read_salt(fd)
         if salt is None:
             # Its head was never finished, so that nothing is in it.
             os.close(fd)
@@ -165,11 +157,6 @@ class Journal:
             segment.path.unlink()
             self.segment = segment.number - 1
             return
-        end = None
-        for frame in segment.frames(verify=True, repair=repair):
-            end = frame.end
-        if end is None:
-            end = HEAD_BYTES
         if end < os.fstat(fd).st_size:
             self._disk.truncate(fd, end)
             self._disk.sync(fd)
@@ -177,7 +164,10 @@ class Journal:
         self._salt, self._size = salt, end
 
     def append(self, records: Sequence[Record]) -> int:
-        """Write records as one commit; they are on the disk when this returns. Returns the bytes written.
+        """Write records, as one commit if they are not huge; they are on the disk when this returns.
+
+        Returns:
+            The bytes written.
 
         Raises:
             FileError: the disk is full, …. Whether the records are there is for the next run to find out; every later
@@ -188,17 +178,21 @@ class Journal:
         if self._failed:
             raise FileError(f"the journal in {self.folder} has failed before", advice="run the same command again")
         try:
-            if self._fd < 0 or self._size >= self._limit:
-                self._begin_segment()
-            frame = encode_frame(records, self._salt)
-            self._disk.write_all(self._fd, frame)
-            self._disk.sync(self._fd)
+            written = sum(self._write_frame(part) for part in _parts(records))
         except OSError as error:
             self._failed = True
             raise self._error(error, "writing") from error
         except BaseException:
             self._failed = True
             raise
+        return written
+
+    def _write_frame(self, records: Sequence[Record]) -> int:
+        if self._fd < 0 or self._size >= self._limit:
+            self._begin_segment()
+        frame = encode_frame(records, self._salt)
+        self._disk.write_all(self._fd, frame)
+        self._disk.sync(self._fd)
         self._size += len(frame)
         return len(frame)
 
@@ -227,3 +221,14 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _parts(records: Sequence[Record]) -> Iterator[Sequence[Record]]:
+    """The records in portions that a frame can take."""
+    begin = size = 0
+    for at, record in enumerate(records):
+        if at > begin and size + len(record.body) > FRAME_BYTES:
+            yield records[begin:at]
+            begin, size = at, 0
+        size += len(record.body)
+    yield records[begin:]

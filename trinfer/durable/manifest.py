@@ -48,8 +48,14 @@ class Manifest:
         try:
             value = json.loads(path.read_bytes())
             if value["format"] != FORMAT:
-                raise FileError(f"the manifest {path} has format {value['format']}; this trinfer reads {FORMAT}")
-            return cls(value["job"], value.get("notes", {}))
+                raise FileError(
+                    f"the manifest {path} has format {value['format']}; this trinfer reads {FORMAT}",
+                    advice="use the trinfer that wrote it, or give another --run-dir",
+                )
+            job, notes = value["job"], value.get("notes", {})
+            if not isinstance(job, dict) or not isinstance(notes, dict):
+                raise TypeError("job and notes are objects")
+            return cls(job, notes)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -91,7 +97,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = _flat(before), _flat(now)
     lines = []
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name, MISSING) != new.get(name, MISSING):
+        before_it, now_it = old.get(name, MISSING), new.get(name, MISSING)
+        if before_it != now_it and json.dumps(before_it) != json.dumps(now_it):  # NaN is none but itself
             lines += [f"    - {name} = {_shown(old, name)}", f"    + {name} = {_shown(new, name)}"]
     return lines
 

@@ -50,6 +50,7 @@ def options(
     reserved: Mapping[str, str],
     abbreviates: bool = False,
     verbatim: bool = False,
+    joined: bool = True,
 ) -> list[str]:
     """Options for the command line: True is ``--k``, False is ``--no-k``, None is left out, the rest is ``--k=v``.
 
@@ -61,6 +62,7 @@ def options(
         abbreviates: the engine's parser takes a beginning for the whole name (argparse does): beginnings of reserved
             names are refused too.
         verbatim: names keep their underscores, for programs of the user's own.
+        joined: False writes ``--k v``, for programs that do not know ``--k=v``.
 
     Raises:
         ConfigError: a bad or reserved name, one name twice, or a value that cannot be written down.
@@ -81,8 +83,10 @@ def options(
             arguments.append(f"--{name}")
         elif value is False:
             arguments.append(f"--no-{name}")
-        else:
+        elif joined:
             arguments.append(f"--{name}={_text(key, value)}")
+        else:
+            arguments += [f"--{name}", _text(key, value)]
     return arguments
 
 

@@ -5,6 +5,8 @@
 - ``model_kwargs={"server_command": "my-engine -m {model} -p {port}"}``: a template, as text or as a list of words, with
   ``{port}`` or ``{uds}``, ``{host}`` and ``{model}``. No shell. With ``{uds}`` the engine gets a unix socket.
 - ``executable`` alone: called with ``--port`` and the options.
+
+A configured ``api_key`` stands in the engine's environment, as ``TRINFER_API_KEY``.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ RESERVED = {"port": "transport", "server-script": "server_script once", "server-
 # Not "{}" and not "{"a": 1}": words of JSON go through as they are.
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 KNOWN = ("port", "host", "uds", "model")
+KEY_VARIABLE = "TRINFER_API_KEY"
 
 
 def template_words(config: InferenceConfig) -> list[str] | None:
@@ -131,8 +134,10 @@ class CustomServer(InferenceServer):
 
     async def start_server(self) -> trio.Process | None:
         # A Python program behind a pipe would keep its words to itself until 8 KiB have come together.
-        quick = {} if "PYTHONUNBUFFERED" in self.config.env else {"PYTHONUNBUFFERED": "1"}
-        return await self.spawn(custom_command(self.config, Address(self.host, self.port, self.uds)), env=quick)
+        env = {} if "PYTHONUNBUFFERED" in self.config.env else {"PYTHONUNBUFFERED": "1"}
+        if self.config.api_key is not None and KEY_VARIABLE not in self.config.env:
+            env[KEY_VARIABLE] = self.config.api_key
+        return await self.spawn(custom_command(self.config, Address(self.host, self.port, self.uds)), env=env)
 
     async def monitor_health(self) -> None:
         await self.engine_exit()

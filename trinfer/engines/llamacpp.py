@@ -94,7 +94,8 @@ def llamacpp_command(config: InferenceConfig, address: Address, program: list[st
         command += ["--parallel", str(slots)]
     if "threads" not in chosen:
         command += ["--threads", str(max(1, cpus // 2))]
-    return [*command, *options(config.model_kwargs, reserved=RESERVED)]
+    # llama-server looks for the whole word among its options, and so knows no "--name=value".
+    return [*command, *options(config.model_kwargs, reserved=RESERVED, joined=False)]
 
 
 def llamacpp_environment(config: InferenceConfig) -> dict[str, str]:

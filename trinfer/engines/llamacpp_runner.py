@@ -48,6 +48,17 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def joined(words: list[str]) -> list[str]:
+    """``--name value``, as llama-server wants it, in one word: ``--name=value``."""
+    made: list[str] = []
+    for word in words:
+        if made and made[-1].startswith("--") and "=" not in made[-1] and not word.startswith("--"):
+            made[-1] += f"={word}"
+        else:
+            made.append(word)
+    return made
+
+
 def set_field(params: Any, word: str) -> None:  # noqa: ANN401  # xllamacpp has no types
     """Apply ``--name``, ``--no-name`` or ``--name=value``.
 
@@ -96,7 +107,7 @@ def main() -> int:
     if key:
         params.api_keys = [key]
     try:
-        for word in rest:
+        for word in joined(rest):
             set_field(params, word)
     except ValueError as error:
         print(error, file=sys.stderr)

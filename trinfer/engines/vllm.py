@@ -8,12 +8,14 @@ each must announce an address that the others reach: ``VLLM_HOST_IP``, since its
 from __future__ import annotations
 
 import os
+import uuid
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trinfer.engines.address import Address, own_address
-from trinfer.engines.arguments import chosen_names, options
+from trinfer.engines.arguments import chosen_names, option_name, options
 from trinfer.engines.keys import engine_key
 from trinfer.errors import ConfigError
+from trinfer.process.addresses import lease_socket
 from trinfer.server.base import InferenceServer
 from trinfer.server.node import SINGLE, Node
 
@@ -29,6 +31,12 @@ __all__ = ["VLLMServer", "vllm_command", "vllm_environment"]
 PROGRAM = "vllm"
 KEY_VARIABLE = "VLLM_API_KEY"
 ADDRESS_VARIABLE = "VLLM_HOST_IP"
+SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"  # folder of the sockets between vLLM's own processes: see vllm/envs.py
+SOCKET_NAME = str(uuid.UUID(int=0))  # as long as the names that vLLM gives them
+# Connectors give their sockets longer names, of a host or of two uuids, which fit into /tmp and hardly anywhere else.
+NAMING_SOCKETS = ("kv-transfer-config", "ec-transfer-config", "kv-offloading-backend")
+# With Ray, vLLM copies its variables to the processes on other nodes, which have no such folder.
+RAY_OPTIONS = ("distributed-executor-backend", "data-parallel-backend")
 # Part of the grace period that is left to vLLM's own shutdown after it has let requests finish.
 SHUTDOWN_MARGIN = 3.0  # seconds
 
@@ -120,16 +128,34 @@ def _defaults(config: InferenceConfig) -> dict[str, Any]:
     return defaults
 
 
-def vllm_environment(config: InferenceConfig, *, host_ip: str | None = None) -> dict[str, str]:
+def vllm_environment(
+    config: InferenceConfig, *, host_ip: str | None = None, sockets: str | None = None
+) -> dict[str, str]:
     """What does not belong in a command line.
 
     Args:
         host_ip: address of this node for the other nodes; None for a single node.
+        sockets: folder for the sockets of vLLM's processes; None for the folder of temporary files, in which those of
+            a killed engine stay for ever.
     """
     environment = {KEY_VARIABLE: config.api_key} if config.api_key else {}
     if host_ip is not None and ADDRESS_VARIABLE not in config.env:
         environment[ADDRESS_VARIABLE] = host_ip
+    if sockets is not None and SOCKETS_VARIABLE not in config.env:
+        environment[SOCKETS_VARIABLE] = sockets
     return environment
+
+
+def private_sockets(config: InferenceConfig) -> bool:
+    """Whether the sockets of vLLM's processes can be in a folder of their own, as far as the options tell."""
+    for key, value in config.model_kwargs.items():
+        head = option_name(key).partition(".")[0]
+        # The parser takes the beginning of a name for the whole.
+        if value is not None and any(name.startswith(head) for name in NAMING_SOCKETS):
+            return False
+        if value == "ray" and any(name.startswith(head) for name in RAY_OPTIONS):
+            return False
+    return SOCKETS_VARIABLE not in config.env
 
 
 class VLLMServer(InferenceServer):
@@ -144,7 +170,21 @@ class VLLMServer(InferenceServer):
 
     async def start_server(self) -> trio.Process | None:
         command = vllm_command(self.config, Address(self.host, self.port, self.uds), self.node)
-        return await self.spawn(command, env=vllm_environment(self.config, host_ip=await self._host_ip(os.environ)))
+        host_ip = await self._host_ip(os.environ)
+        return await self.spawn(
+            command, env=vllm_environment(self.config, host_ip=host_ip, sockets=self._sockets(os.environ))
+        )
+
+    def _sockets(self, environ: Mapping[str, str]) -> str | None:
+        """A folder that goes with this start attempt; None where the user names one, or it could not serve."""
+        if SOCKETS_VARIABLE in environ or not private_sockets(self.config):
+            return None
+        try:
+            lease = lease_socket(SOCKET_NAME)
+        except (ConfigError, OSError):  # paths in it were too long, or it cannot be made: no reason not to start
+            return None
+        self.release_with_attempt(lease.release)
+        return os.path.dirname(lease.path)
 
     async def _host_ip(self, environ: Mapping[str, str]) -> str | None:
         if self.node.count == 1 or self.node.master_addr is None or ADDRESS_VARIABLE in environ:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Self
 import trio
 
 from trinfer._version import __version__
-from trinfer.errors import BadRequestError, ProtocolError, RequestError
+from trinfer.encoding import decode_json, make_encoder
+from trinfer.errors import BadRequestError, ConnectionLost, ProtocolError, RequestError
 from trinfer.http.connection import BrokenConnection, MalformedAnswer
 from trinfer.http.failures import LOWER_ERRORS, error_for_answer, error_for_exception, error_in_stream, timed_out
 from trinfer.http.pool import SWEEP_EVERY, Exchange, Pool
@@ -25,7 +26,7 @@ from trinfer.http.sse import EventTooLong, SseParser
 from trinfer.http.transport import TlsOptions, find_proxy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from types import TracebackType
 
     from trinfer.http.connection import HttpAnswer
@@ -39,20 +40,8 @@ HEADS = 64  # paths whose heads are kept ready; few are ever used
 FINISH = 1.0  # seconds for the end of a stream after its last event, so that the connection can be kept
 
 
-def _make_encode() -> Callable[[Any], str]:
-    """Compact; and NaN, which is no JSON, is refused before anything is sent."""
-    encoder = json.JSONEncoder(allow_nan=False, separators=(",", ":"), ensure_ascii=False)
-    make = getattr(json.encoder, "c_make_encoder", None)
-    if make is None:
-        return encoder.encode
-    # `encode` makes this anew for each call, which is a quarter of its time. The arguments are those that it gives.
-    pieces = make(None, encoder.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
-    return lambda value: "".join(pieces(value, 0))
-
-
-_encode = _make_encode()
-_decode = json.JSONDecoder().decode
-_decode_start = json.JSONDecoder().raw_decode
+# Compact; and NaN, which is no JSON, is refused before anything is sent.
+_encode = make_encoder(json.JSONEncoder(allow_nan=False, separators=(",", ":"), ensure_ascii=False))
 
 
 # Whatever else would end the line of the request, and begin something of its own.
@@ -250,7 +239,8 @@ class ApiClient:
         return b"%b%d\r\n\r\n%b" % (head, len(body), body)
 
     def _where(self, path: str) -> str:
-        return f"POST {self._origin.url}{path}"
+        # A socket of our own has a long name that tells nobody anything.
+        return f"POST {path}" if self._origin.uds is not None else f"POST {self._origin.url}{path}"
 
     @staticmethod
     def _complete(error: RequestError, payload: Mapping[str, Any], attempts: int, began: float) -> RequestError:
@@ -261,11 +251,7 @@ class ApiClient:
         self, answer: HttpAnswer, path: str, payload: Mapping[str, Any], attempts: int, began: float
     ) -> dict[str, Any]:
         try:
-            text = answer.body.decode()
-            # `decode` looks for white space around the value, which costs as much as a third of reading it.
-            value, end = _decode_start(text) if text[:1] == "{" else (None, -1)
-            if end != len(text):
-                value = _decode(text)
+            value = decode_json(answer.body.decode())
         except (ValueError, RecursionError) as error:
             what = f"{self._where(path)}: the answer is not JSON: {answer.body[:80]!r}"
             raise self._complete(ProtocolError(what, status=200), payload, attempts, began) from error
@@ -363,12 +349,31 @@ class JsonStream:
                 piece = await self._exchange.read()
                 if piece:
                     self._events = self._parser.feed(piece)[::-1]
-                else:  # without [DONE], but complete as HTTP
-                    self.close()
+                else:
+                    self._events = self._last_events()[::-1]
                 return
         if pause is None or self._deadline <= limit:
             raise self._fail(timed_out(self._where, "request_timeout", self._timeout))
         raise self._fail(timed_out(self._where, name, pause))
+
+    def _last_events(self) -> list[bytes]:
+        """What is left at the end of a body that is complete as HTTP, but without [DONE].
+
+        Raises:
+            ConnectionLost: the last event is not whole: the server ends its answers by closing, and has died.
+            ProtocolError: there was no event at all.
+        """
+        rest = self._parser.finish()
+        self.close()
+        if not rest and not self.received:
+            raise self._fail(ProtocolError(f"{self._where}: the stream has ended without a single event"))
+        for data in rest:
+            try:
+                data == b"[DONE]" or decode_json(data.decode())
+            except (ValueError, RecursionError) as error:
+                what = f"{self._where}: the stream broke off in the middle of an event: {data[:80]!r}"
+                raise self._fail(ConnectionLost(what, cause="the server has died, or a proxy has cut it")) from error
+        return rest
 
     @contextlib.contextmanager
     def _mapped(self) -> Iterator[None]:
@@ -400,6 +405,9 @@ class JsonStream:
                 final = isinstance(failure, ProtocolError)
             else:
                 if exchange.status == 200:
+                    if self._over:  # closed by another task meanwhile
+                        exchange.close()
+                        return
                     self._exchange, self._token = exchange, trio.lowlevel.current_trio_token()
                     self._check_kind(exchange)
                     return

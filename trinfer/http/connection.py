@@ -196,6 +196,8 @@ class _Reader:
     def _check_interim(self) -> None:
         if self.status == 101:
             raise MalformedAnswer("it switches to another protocol")
+        if self.status < 100:
+            raise MalformedAnswer(f"its status {self.status:03} is none")
         self._interim += 1
         if self._interim > MAX_INTERIM:
             raise MalformedAnswer("too many interim answers")
@@ -218,6 +220,8 @@ class _Reader:
             self.framing = _Framing.UNTIL_CLOSE
 
     def on_body(self, data: bytes) -> None:
+        if not self.in_body:  # it would stand before the body of the real answer
+            raise MalformedAnswer("an interim answer has a body")
         self._size += len(data)
         self._framing_bytes -= len(data)
         if self._size > MAX_BODY_BYTES:
@@ -264,9 +268,9 @@ class Connection:
         self.close()
 
     @property
-    def has_answer(self) -> bool:
-        """Whether the last request got a complete answer."""
-        return self._reader.complete
+    def answered(self) -> int:
+        """Status of the answer to the last request; 0 where that is not complete."""
+        return self._reader.status if self._reader.complete else 0
 
     @property
     def is_idle(self) -> bool:

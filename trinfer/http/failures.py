@@ -18,7 +18,7 @@ from trinfer.errors import (
     RequestTimeout,
 )
 from trinfer.http.connection import BrokenConnection, HttpAnswer, MalformedAnswer
-from trinfer.http.pool import PoolClosed
+from trinfer.http.pool import SCARCE, PoolClosed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,6 +112,12 @@ def error_for_exception(error: BaseException, where: str) -> RequestError:
         )
     if isinstance(error, PoolClosed):
         return ConnectionLost(f"{where}: the client has been closed")
+    if isinstance(error, OSError) and error.errno in SCARCE:
+        return ConnectionLost(
+            f"{where}: no connection: {error}",
+            cause="this process or the machine has no file descriptors left",
+            advice="raise `ulimit -n`, or send fewer requests at a time",
+        )
     what = "the connection broke" if isinstance(error, BrokenConnection) else "no connection"
     return ConnectionLost(f"{where}: {what}: {error}", cause="the server has died, restarts, or cannot be reached")
 

@@ -7,6 +7,7 @@ first come, first served.
 
 from __future__ import annotations
 
+import errno
 import math
 import time
 from typing import TYPE_CHECKING
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
     from trinfer.http.origin import Origin
 
-__all__ = ["SWEEP_EVERY", "Exchange", "Pool", "PoolClosed"]
+__all__ = ["SCARCE", "SWEEP_EVERY", "Exchange", "Pool", "PoolClosed"]
 
+SCARCE = frozenset({errno.EMFILE, errno.ENFILE})
 SWEEP_EVERY = 0.25  # seconds by which a swept time-out may be late
 
 
@@ -62,9 +64,12 @@ class Pool:
         self._connect_timeout = connect_timeout
         self._idle: list[Connection] = []
         self._busy: set[Connection] = set()
+        self._opening = 0  # connections that are not there yet
         self._closed = trio.Event()
         self._reactor = Reactor()
         self.received = 0  # answers and pieces of streams so far: a sign of life of the server
+        self.refused = 0  # answers among them that say that the server has failed (5xx)
+        self.unread = 0  # answers that are coming piece by piece, and for whose next piece nobody waits now
         self._sweeping = False
 
     @property
@@ -181,8 +186,10 @@ class Pool:
         if connection is not None:
             self._busy.discard(connection)
             connection.deadline = math.inf
-            if connection.has_answer:
+            if status := connection.answered:
                 self.received += 1
+                if status >= 500:
+                    self.refused += 1
             if connection.is_idle and not self._closed.is_set():
                 self._idle.append(connection)
             else:
@@ -193,12 +200,35 @@ class Pool:
             self._free += 1
 
     async def _connect(self) -> Connection:
+        """A new connection, or one that has come free while file descriptors were short."""
+        while True:
+            try:
+                return await self._open()
+            except OSError as error:
+                if error.errno not in SCARCE or not (self._busy or self._opening):
+                    raise
+            # The pool is larger than the process may be: it loses a slot, and who finishes next hands over another.
+            self._max_connections -= 1
+            try:
+                await self._wait_for_slot()
+            except BaseException:
+                self._max_connections += 1
+                raise
+            connection = self._take_idle()
+            if connection is not None:
+                return connection
+
+    async def _open(self) -> Connection:
         if self._closed.is_set():
             raise PoolClosed
-        with trio.move_on_after(self._connect_timeout):
-            connection = Connection(await connect(self._origin, self._tls, self._proxy, reactor=self._reactor))
-            self._busy.add(connection)
-            return connection
+        self._opening += 1
+        try:
+            with trio.move_on_after(self._connect_timeout):
+                connection = Connection(await connect(self._origin, self._tls, self._proxy, reactor=self._reactor))
+                self._busy.add(connection)
+                return connection
+        finally:
+            self._opening -= 1
         raise TimeoutError(f"no connection within {self._connect_timeout:g} s")
 
     def _take_idle(self) -> Connection | None:
@@ -231,6 +261,8 @@ class Exchange:
     def __init__(self, pool: Pool, connection: Connection, answer: HttpAnswer) -> None:
         self._pool: Pool | None = pool
         self._connection = connection
+        self._is_read = False
+        pool.unread += 1
         self.answer = answer
 
     @property
@@ -239,7 +271,15 @@ class Exchange:
 
     async def read(self) -> bytes:
         """The next piece; empty at the end of the body. Raises as `Connection.read`."""
-        piece = await self._connection.read()
+        if self._pool is not None:
+            self._is_read = True
+            self._pool.unread -= 1
+        try:
+            piece = await self._connection.read()
+        finally:
+            self._is_read = False
+            if self._pool is not None:
+                self._pool.unread += 1
         if self._pool is not None:
             self._pool.received += 1
         return piece
@@ -248,4 +288,6 @@ class Exchange:
         """Give slot and connection back; a body that is not complete closes the connection. Idempotent, never waits."""
         pool, self._pool = self._pool, None
         if pool is not None:
+            if not self._is_read:
+                pool.unread -= 1
             pool.give_back(self._connection)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,10 @@ MAX_BODY_BYTES = 64 * 2**20
 READ_AHEAD = 16  # requests of one client that may wait for the one before
 LINGER = 2.0  # seconds for a client to read why it was refused
 IDLE_TIMEOUT = 120.0  # seconds that a client may keep a connection without asking anything
+SPARE = 4  # file descriptors that are kept for the time when there are no others
+SCARCE = frozenset({errno.EMFILE, errno.ENFILE})
+RETRY_ACCEPT = 0.1  # seconds
+TELL_AGAIN = 60.0  # seconds between two warnings that connections cannot be accepted
 
 
 @dataclass
@@ -190,31 +196,91 @@ async def serve_http(
         handler: answers one request. What it raises becomes status 500 and a line in the log.
         listeners: from `trio.open_tcp_listeners`, or around a bound unix socket.
     """
+    spare = _Spare()
     try:
         async with trio.open_nursery() as nursery:
             for listener in listeners:
-                nursery.start_soon(_accept, listener, handler, nursery)
+                nursery.start_soon(_accept, listener, handler, nursery, spare)
             task_status.started()
     finally:
+        spare.close()
         for listener in listeners:
             listener.socket.close()
 
 
+class _Spare:
+    """File descriptors for when there are no others left.
+
+    The clients of this server may live in the same process, and each of their connections takes two of its file
+    descriptors. They would take the last one, and wait for ever for a server that cannot accept anybody.
+    """
+
+    def __init__(self) -> None:
+        self._fds: list[int] = []
+        self._told_at = -TELL_AGAIN
+        self.refilled = trio.Event()
+        self.refill()
+
+    def refill(self) -> None:
+        """Take as many as are allowed, and can be had now."""
+        with contextlib.suppress(OSError):
+            while len(self._fds) < SPARE:
+                self._fds.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        self.refilled.set()
+        self.refilled = trio.Event()
+
+    def spend(self) -> bool:
+        """Make room for one file descriptor, for whoever takes it before anything else happens."""
+        if self._fds:
+            os.close(self._fds.pop())
+            return True
+        return False
+
+    def close(self) -> None:
+        while self.spend():
+            pass
+
+    def tell(self, error: OSError) -> None:
+        """Say that connections cannot be accepted, but not all the time."""
+        now = trio.current_time()
+        if now - self._told_at >= TELL_AGAIN:
+            self._told_at = now
+            logger.warning("connections are accepted late: %s", error)
+
+
 async def _accept(
-    listener: trio.SocketListener, handler: Callable[[HttpRequest], Awaitable[HttpResponse]], nursery: trio.Nursery
+    listener: trio.SocketListener,
+    handler: Callable[[HttpRequest], Awaitable[HttpResponse]],
+    nursery: trio.Nursery,
+    spare: _Spare,
 ) -> None:
     while True:
         try:
             stream = await listener.accept()
-        except OSError as error:  # out of file descriptors, most often: some will be given back
-            logger.warning("cannot accept a connection: %s", error)
-            await trio.sleep(0.1)
+        except OSError as error:  # out of file descriptors, most often
+            spare.tell(error)
+            if error.errno in SCARCE:
+                # accept(2) complains also while nobody waits.
+                await trio.lowlevel.wait_readable(listener.socket)
+                if spare.spend():
+                    # With somebody in the queue, this takes the file descriptor before another task can.
+                    with contextlib.suppress(OSError):
+                        stream = await listener.accept()
+                        nursery.start_soon(_converse, stream, handler, spare)
+                        continue
+                    spare.refill()
+            with trio.move_on_after(RETRY_ACCEPT):
+                await spare.refilled.wait()
             continue
         nursery.start_soon(_converse, stream, handler)
 
 
-async def _converse(stream: trio.SocketStream, handler: Callable[[HttpRequest], Awaitable[HttpResponse]]) -> None:
-    """All requests of one connection."""
+async def _converse(
+    stream: trio.SocketStream,
+    handler: Callable[[HttpRequest], Awaitable[HttpResponse]],
+    spare: _Spare | None = None,
+) -> None:
+    """All requests of one connection; one alone where it was accepted with a ``spare`` file descriptor."""
     parser = _Parser()
     try:
         while True:
@@ -234,12 +300,16 @@ async def _converse(stream: trio.SocketStream, handler: Callable[[HttpRequest], 
                 await _refuse(stream, parser.refusal)
                 return
             request = parser.ready.popleft()
+            if spare is not None:
+                request.keep_alive = False
             if not await _answer(stream, parser, request, handler) or not request.keep_alive:
                 return
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         return
     finally:
         stream.socket.close()
+        if spare is not None:
+            spare.refill()
 
 
 async def _refuse(stream: trio.SocketStream, refusal: _BadRequest) -> None:

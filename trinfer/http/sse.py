@@ -66,6 +66,13 @@ class SseParser:
                 self._data.append(b"")
         return events
 
+    def finish(self) -> list[bytes]:
+        """The data of a last event that lacks the empty line at its end, or a part of it.
+
+        The standard throws it away. But servers forget the line, and a stream that breaks off must not look complete.
+        """
+        return self.feed(b"\n\n")
+
     def _check(self, waiting: int) -> None:
         if waiting + self._size > MAX_EVENT_BYTES:
             raise EventTooLong(f"an event is longer than {MAX_EVENT_BYTES} bytes")

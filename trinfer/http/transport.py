@@ -33,6 +33,7 @@ __all__ = ["Proxy", "TlsOptions", "Transport", "connect", "find_proxy"]
 
 CLOSED = "it was closed on our side"
 MAX_PROXY_ANSWER = 64 * 1024
+FULL_QUEUE, FULL_QUEUE_MOST = 0.001, 0.05  # seconds between two tries to get into a full queue
 RECORD_HEAD = 5  # bytes of a TLS record before its content: type, version, length
 
 
@@ -116,10 +117,9 @@ async def connect(
     Cancelled: nothing is left open.
     """
     if origin.uds is not None:
-        stream = await trio.open_unix_socket(origin.uds)
+        stream = await _open_unix(origin.uds)
     else:
-        host, port = (proxy.host, proxy.port) if proxy else (origin.host, origin.port)
-        stream = await trio.open_tcp_stream(host, port)
+        stream = await _open_tcp(*((proxy.host, proxy.port) if proxy else (origin.host, origin.port)))
     if tls is None:
         return PlainTransport(stream, reactor or Reactor())
     try:
@@ -136,6 +136,40 @@ async def connect(
         stream.socket.close()
         raise
     return TlsTransport(secure, records, stream)
+
+
+async def _open_tcp(host: str, port: int) -> trio.SocketStream:
+    try:
+        return await trio.open_tcp_stream(host, port)
+    except OSError as error:
+        # "All attempts have failed", says trio; why the first of them did is what helps.
+        if isinstance(error.__cause__, ExceptionGroup) and isinstance(first := error.__cause__.exceptions[0], OSError):
+            raise first from None
+        raise
+
+
+async def _open_unix(path: str) -> trio.SocketStream:
+    """Connect to a unix socket, and wait for a place in its queue.
+
+    Where the queue is full, the connect fails, and nothing is under way: trio takes it for one that is, and would give
+    back a socket that is not connected.
+    """
+    opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        opened.setblocking(False)
+        pause = FULL_QUEUE
+        while True:
+            try:
+                opened.connect(path)
+            except BlockingIOError:
+                await trio.sleep(pause)
+                pause = min(2 * pause, FULL_QUEUE_MOST)
+            else:
+                await trio.lowlevel.checkpoint()
+                return trio.SocketStream(trio.socket.from_stdlib_socket(opened))
+    except BaseException:
+        opened.close()
+        raise
 
 
 async def _tunnel(stream: trio.SocketStream, origin: Origin, proxy: Proxy) -> None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rich.console import RenderableType
+
     from trinfer.batch.summary import Summary
 
 __all__ = ["LineProgress", "SilentProgress", "describe", "say", "show_progress"]
@@ -50,24 +52,32 @@ class LineProgress:
 
 
 class BarProgress:
-    """A bar by rich."""
+    """A bar by rich, and a line of counts below it: on one line, a terminal of 80 columns would cut both."""
 
     def __init__(self, total_bytes: int | None) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+        from rich.text import Text
 
-        self._bar = Progress(
+        class Bar(Progress):
+            counts = ""
+
+            def get_renderables(self) -> Iterator[RenderableType]:
+                yield self.make_tasks_table(self.tasks)
+                yield Text(self.counts)
+
+        self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn("{task.fields[counts]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=Console(stderr=True),
             transient=True,
             refresh_per_second=5,
             auto_refresh=False,  # no thread beside the trio loop
         )
-        self._task = self._bar.add_task("engine: starting", total=total_bytes, counts="")
+        self._task = self._bar.add_task("engine: starting", total=total_bytes, left="")
+        self._total = total_bytes
         self._began = time.monotonic()
         self._next = 0.0
 
@@ -85,11 +95,14 @@ class BarProgress:
             return
         self._next = now + BAR_EVERY
         with contextlib.suppress(OSError):
+            seconds = now - self._began
+            left = _left(summary, self._total, seconds)
+            self._bar.counts = _counts(summary, seconds)
             self._bar.update(
                 self._task,
                 description=_doing(summary),
                 completed=summary.bytes_read,
-                counts=_counts(summary, now - self._began),
+                left="" if left is None else f"{left[0]} rows, {_time(left[1])} left",
             )
             self._bar.refresh()
 
@@ -134,13 +147,20 @@ def _line(summary: Summary, total: int | None, seconds: float) -> str:
     text = _counts(summary, seconds)
     if not summary.engine.startswith("ready"):
         text = f"{_doing(summary)}, {seconds:.0f} s  {text}"
-    if total and summary.bytes_read:
-        share = (total - summary.bytes_read) / summary.bytes_read
-        rows = (summary.skipped + summary.done) * share
-        # What was done before took none of this session's time.
-        left = rows * seconds / summary.done if summary.done else 0.0
-        text = f"{100 * summary.bytes_read / total:3.0f} %  {text}  {rows:.0f} rows, {_time(left)} left"
+    left = _left(summary, total, seconds)
+    if total and left is not None:
+        text = f"{100 * summary.bytes_read / total:3.0f} %  {text}  {left[0]} rows, {_time(left[1])} left"
     return text
+
+
+def _left(summary: Summary, total: int | None, seconds: float) -> tuple[int, float] | None:
+    """Rows and seconds that are left, by the bytes of the input; None where nothing is known yet."""
+    if not total or not summary.bytes_read:
+        return None
+    rows = (summary.skipped + summary.done) * max(0, total - summary.bytes_read) / summary.bytes_read
+    # What was done before took none of this session's time; nor did the start of the engine, as far as rows are due.
+    working = max(0.0, seconds - (summary.ready_after or 0.0))
+    return round(rows), rows * working / summary.done if summary.done else 0.0
 
 
 def _time(seconds: float) -> str:

@@ -182,8 +182,8 @@ def _is_free(host: str, port: int) -> bool:
 class SocketLease:
     """A path for a unix socket in a folder of its own, which `release` removes with all that is in it."""
 
-    def __init__(self, folder: Path, lock: int) -> None:
-        self.path = str(folder / "engine.sock")
+    def __init__(self, folder: Path, name: str, lock: int) -> None:
+        self.path = str(folder / name)
         self._folder = folder
         self._lock = lock
 
@@ -195,8 +195,11 @@ class SocketLease:
             self._lock = -1
 
 
-def lease_socket() -> SocketLease:
+def lease_socket(name: str = "engine.sock") -> SocketLease:
     """A path for a unix socket that only this user can reach. Folders of dead owners are swept by the way.
+
+    Args:
+        name: of the socket, in its folder.
 
     Raises:
         ConfigError: the runtime folder is not private, or its path is too long for a socket.
@@ -209,7 +212,7 @@ def lease_socket() -> SocketLease:
         folder = Path(tempfile.mkdtemp(dir=sockets))
         lock = _try_lock(folder / "owner.lock")
     assert lock is not None
-    lease = SocketLease(folder, lock)
+    lease = SocketLease(folder, name, lock)
     if len(os.fsencode(lease.path)) > LONGEST_SOCKET_PATH:
         lease.release()
         raise ConfigError(

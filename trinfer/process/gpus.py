@@ -6,14 +6,22 @@ mean nothing inside.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["Gpu", "GpuUser", "gpu_count", "gpu_users", "gpus", "has_nvidia_smi"]
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+__all__ = ["Gpu", "GpuUser", "gpu_count", "gpu_users", "gpus", "has_nvidia_smi", "large_users"]
 
 TIMEOUT = 5.0  # seconds; a hung driver hangs nvidia-smi
+LARGE_SHARE = 0.1  # of a GPU's memory
+KILLED = 1.0  # seconds that it may take to die then
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,24 @@ def gpu_users() -> list[GpuUser] | None:
     return [GpuUser(_number(row[0]), row[1], _number(row[2])) for row in rows if len(row) == 3]
 
 
+def large_users(visible: Collection[str], own: Collection[int]) -> list[GpuUser] | None:
+    """Processes other than ``own`` that hold a tenth or more of a GPU's memory; None where nothing is known. Blocks.
+
+    Args:
+        visible: indices or uuids of the GPUs in question; empty for all.
+    """
+    devices = gpus()
+    users = gpu_users()
+    if devices is None or users is None:
+        return None
+    least = {
+        gpu.uuid: gpu.total * LARGE_SHARE
+        for gpu in devices
+        if not visible or str(gpu.index) in visible or gpu.uuid in visible
+    }
+    return [user for user in users if user.pid not in own and user.used >= least.get(user.uuid, math.inf)]
+
+
 def _number(text: str) -> int:
     """0 for what is no number: "[N/A]", on some devices."""
     digits = text.split(" ")[0]
@@ -78,16 +104,25 @@ def _query(query: str) -> list[list[str]] | None:
     if program is None:
         return None
     try:
-        done = subprocess.run(
+        smi = subprocess.Popen(
             [program, query, "--format=csv,noheader,nounits"],
             stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=TIMEOUT,
-            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except OSError:
         return None
-    if done.returncode:
+    assert smi.stdout is not None
+    with smi.stdout:
+        try:
+            out = smi.communicate(timeout=TIMEOUT)[0]
+        except subprocess.TimeoutExpired:
+            # Not subprocess.run, which waits for the corpse: there is none while the driver holds it in state D.
+            smi.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                smi.wait(KILLED)
+            return None
+    if smi.returncode:
         return None
-    lines = done.stdout.decode("utf-8", "replace").splitlines()
+    lines = out.decode("utf-8", "replace").splitlines()
     return [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]

@@ -36,6 +36,8 @@ OWNER_GONE_GRACE = 2.0  # seconds: when nobody is left to read its answers, an e
 KILL_WAIT = 5.0  # seconds after SIGKILL until what is left counts as unkillable
 TERM_SCAN = 0.05  # seconds between looks for processes that came into being after the SIGTERM
 KILL_SCAN = 0.002  # seconds between rounds of SIGKILL when nothing new has appeared
+TRACKER_WAIT = 1.5  # seconds that Python's resource trackers have to do what they are for: 0.1, if not for load
+TRACKER = b"multiprocessing.resource_tracker"
 EXEC_FAILED = 127
 
 # Signals that would end the guard by default, and are none of its business. SIGUSR1 and SIGUSR2 are what batch systems
@@ -160,21 +162,28 @@ class Tree:
                 _signal(pid, signal.SIGCONT)
         self._signal_group(signal.SIGTERM)
 
-    def kill(self) -> list[int]:
-        """SIGKILL to every descendant; returns those that were there."""
+    def kill(self, spared: frozenset[int] = frozenset()) -> list[int]:
+        """SIGKILL to every descendant that is not ``spared``; returns all that were there."""
         pids = descendants(os.getpid())
         for pid in pids:
-            _signal(pid, signal.SIGKILL)
+            if pid not in spared:
+                _signal(pid, signal.SIGKILL)
         self._signal_group(signal.SIGKILL)
         return pids
 
     def kill_until_gone(self) -> list[int]:
-        """SIGKILL until nothing is left; returns the pids of what would not go within `KILL_WAIT`."""
-        give_up = time.monotonic() + KILL_WAIT
+        """SIGKILL until nothing is left; returns the pids of what would not go within `KILL_WAIT`.
+
+        The shared memory and semaphores of Python programs outlive them in /dev/shm. Where these programs are killed,
+        their resource tracker removes them, as soon as it is the last: so it gets a moment more.
+        """
+        trackers = frozenset(pid for pid in descendants(os.getpid()) if _is_tracker(pid))
+        began = time.monotonic()
         before: list[int] = []
         while not self.reap():
-            pids = self.kill()
-            if time.monotonic() > give_up:
+            now = time.monotonic()
+            pids = self.kill(trackers if now < began + TRACKER_WAIT else frozenset())
+            if now > began + KILL_WAIT:
                 return pids
             if pids == before:
                 time.sleep(KILL_SCAN)
@@ -195,6 +204,19 @@ def _signal(pid: int, number: int) -> None:
         os.kill(pid, number)
     except OSError:  # gone, or not ours to signal: then it is reported as a survivor
         pass
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        # To read a command line takes the lock of the process's memory. One that hangs in the kernel (state D) may
+        # hold it, in any of its threads, and the reader would hang too. A tracker has one thread, and waits for a pipe.
+        fields = _stat(pid)
+        if fields[0] == b"D" or fields[17] != b"1":
+            return False
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return TRACKER in file.read()
+    except (OSError, IndexError):
+        return False
 
 
 def report_survivors(status: Status, pids: list[int]) -> None:

@@ -14,12 +14,24 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
-__all__ = ["RUN_VARIABLE", "SERVER_VARIABLE", "Tree", "find_trees", "is_alive", "new_marker", "run_id", "start_time"]
+__all__ = [
+    "RUN_VARIABLE",
+    "SERVER_VARIABLE",
+    "Tree",
+    "all_pids",
+    "find_trees",
+    "is_alive",
+    "new_marker",
+    "pid_space",
+    "run_id",
+    "start_time",
+]
 
 RUN_VARIABLE = "TRINFER_RUN_ID"
 SERVER_VARIABLE = "TRINFER_SERVER_ID"
+LISTINGS = 20  # of /proc in one look, at most
 
 
 def start_time(pid: int) -> int | None:
@@ -36,9 +48,37 @@ def start_time(pid: int) -> int | None:
         return None
 
 
+def all_pids() -> Iterator[int]:
+    """Every other process of this host, also those that come while this goes on; none where there is no /proc.
+
+    A process that forks and exits while a list of pids is gone through stands on the list, and its child does not:
+    whoever looks for a tree would find nobody. So lists are taken until one has nobody new (on a machine that forks all
+    the time: some more).
+    """
+    seen = {os.getpid()}
+    for _ in range(LISTINGS):
+        try:
+            new = {int(name) for name in os.listdir("/proc") if name.isdigit()} - seen
+        except OSError:
+            return
+        if not new:
+            return
+        seen |= new
+        yield from sorted(new)
+
+
 def run_id() -> str:
     """Id of this process, unique on this host since its boot: ``PID-STARTTIME``; 0 for the time where /proc is not."""
     return f"{os.getpid()}-{start_time(os.getpid()) or 0}"
+
+
+def pid_space() -> str:
+    """Where pids mean what they mean here: this host, and on it this pid namespace (containers have their own)."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{os.uname().nodename} {namespace}"
 
 
 def is_alive(run: str) -> bool | None:
@@ -77,18 +117,16 @@ def find_trees(known: Iterable[tuple[str, str, Iterable[tuple[int, int]]]] = ())
     if not os.path.isdir("/proc/self"):
         return []
     ours = os.readlink("/proc/self/ns/pid")
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
-        marks = read_marks(int(name))
+    for pid in all_pids():
+        marks = read_marks(pid)
         if marks is None:
             continue
         try:
-            if os.stat(f"/proc/{name}").st_uid != os.getuid() or os.readlink(f"/proc/{name}/ns/pid") != ours:
+            if os.stat(f"/proc/{pid}").st_uid != os.getuid() or os.readlink(f"/proc/{pid}/ns/pid") != ours:
                 continue
         except OSError:
             continue
-        trees.setdefault(marks, Tree(*marks)).pids.append(int(name))
+        trees.setdefault(marks, Tree(*marks)).pids.append(pid)
     for run, server, processes in known:
         for pid, started in processes:
             if start_time(pid) == started:

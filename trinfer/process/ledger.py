@@ -7,6 +7,7 @@ entry only if its start time is the one that the entry names, and its owner's is
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trinfer.errors import ConfigError
 from trinfer.process.addresses import runtime_dir
-from trinfer.process.identity import is_alive, start_time
+from trinfer.process.identity import is_alive, pid_space, start_time
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +39,7 @@ class Entry:
         started_at: when the server was entered, in seconds since the epoch.
         restarts, requests: so far; requests are written down every few seconds.
         processes: pid and start time of each of the engine's processes, as seen now and then.
+        space: where its pids mean something, see `trinfer.process.identity.pid_space`; empty where nobody has told.
     """
 
     server: str
@@ -52,11 +54,12 @@ class Entry:
     restarts: int = 0
     requests: int = 0
     processes: list[list[int]] = field(default_factory=list)
+    space: str = ""
 
 
 # What a damaged or strange file may hold instead ends no command.
 KINDS: dict[str, Any] = {
-    **dict.fromkeys(("server", "run", "engine", "model", "state", "address", "log"), str),
+    **dict.fromkeys(("server", "run", "engine", "model", "state", "address", "log", "space"), str),
     **dict.fromkeys(("rank", "restarts", "requests"), int),
     "started_at": (int, float),
     "processes": list,
@@ -83,7 +86,9 @@ class Ledger:
             unfinished = path.with_suffix(f".{os.getpid()}")
             fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
-                os.write(fd, json.dumps(asdict(entry)).encode())
+                data = json.dumps(asdict(entry)).encode()
+                if os.write(fd, data) < len(data):  # the last block of a disk: half an entry is none
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(fd)
             unfinished.replace(path)
@@ -119,16 +124,22 @@ def living(entry: Entry) -> list[tuple[int, int]]:
 def entries() -> list[tuple[Path, Entry]]:
     """All entries with their files; damaged files are left out.
 
+    So are those of other containers and hosts, which may share the folder: whether their owners live cannot be told
+    from here.
+
     Raises:
         ConfigError: the runtime folder is not private.
     """
     found: list[tuple[Path, Entry]] = []
     names = {field.name for field in fields(Entry)}
+    here = pid_space()
     for path in sorted(_folder().glob("*.json")):
         try:
             data: Any = json.loads(path.read_bytes())
             entry = Entry(**{key: value for key, value in data.items() if key in names})
-            if all(isinstance(getattr(entry, name), kind) for name, kind in KINDS.items()):
+            if not all(isinstance(getattr(entry, name), kind) for name, kind in KINDS.items()):
+                continue
+            if entry.space in {"", here}:
                 found.append((path, entry))
         except (OSError, ValueError, TypeError, AttributeError):
             continue

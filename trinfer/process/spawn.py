@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
+import itertools
 import os
 import signal
 import struct
@@ -22,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from trinfer.process import guard
-from trinfer.process.identity import start_time
+from trinfer.process.identity import all_pids, start_time
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = ["EngineExit", "GuardedProcess", "SpawnError", "Survivor", "marked_processes", "run_guarded"]
 
@@ -35,6 +36,7 @@ MARGIN = 3.0  # seconds that a guard may take beyond grace and kill time before 
 LAST_OUTPUT = 0.5  # seconds to wait for the end of output once the tree is gone
 LOOKS = 0.02  # seconds between two looks for a guard whose pipe does not end
 SWEEP = 5.0  # seconds to hunt for marked processes when the guard itself was killed
+CLEAN_LOOKS = 2  # in a row, until nothing counts as left: a process within exec(2) shows no environment for a moment
 
 
 class SpawnError(Exception):
@@ -153,8 +155,11 @@ class GuardedProcess:
         An engine may overwrite the memory that holds its environment, and with it the marker, when it gives itself
         another name (setproctitle, as vLLM does): such processes are known by having been seen.
         """
-        self._known = {pid: started for pid, started in self._known.items() if start_time(pid) == started}
-        return list(self._known.items())
+        # `tree` may be run in another thread meanwhile, and find new ones.
+        for pid, started in self._known.copy().items():
+            if start_time(pid) != started and self._known.get(pid) == started:
+                self._known.pop(pid, None)
+        return list(self._known.copy().items())
 
     # -- for run_guarded only -----------------------------------------------------------------------------------
 
@@ -234,23 +239,27 @@ class GuardedProcess:
     async def _sweep(self) -> None:
         """The guard was killed: end all that carries the marker, was ever seen, or descends from it."""
         give_up = trio.current_time() + SWEEP
-        while pids := self._left():
-            for pid in pids:
+        clean = 0
+        while clean < CLEAN_LOOKS:
+            pids = set()
+            for pid in self._left():  # killed as it is found: it may be about to fork and exit
                 _kill(pid)
-            if trio.current_time() > give_up:
+                pids.add(pid)
+            clean = 0 if pids else clean + 1
+            if pids and trio.current_time() > give_up:
                 self._survivors.extend(Survivor(pid, "?", "") for pid in pids)
                 return
             await trio.sleep(0.01)
 
-    def _left(self) -> set[int]:
+    def _left(self) -> Iterator[int]:
         """What still lives of the engine, told without its guard."""
-        roots = {*marked_processes(self._marker), *(pid for pid, _ in self.known())}
-        for pid in tuple(roots):
-            for child in guard.descendants(pid):
+        for root in itertools.chain(_marked(self._marker), [pid for pid, _ in self.known()]):
+            # Noted before it is killed: what it has forked is then nobody's child.
+            for child in guard.descendants(root):
                 if (started := start_time(child)) is not None:
                     self._known[child] = started
-                    roots.add(child)
-        return roots
+                    yield child
+            yield root
 
 
 def _kill(pid: int) -> None:
@@ -280,21 +289,21 @@ def marked_processes(marker: Mapping[str, str]) -> list[int]:
 
     Reads /proc; finds nothing where there is none, and only processes of this user (or all, for root).
     """
+    return list(_marked(marker))
+
+
+def _marked(marker: Mapping[str, str]) -> Iterator[int]:
     wanted = [f"{key}={value}".encode() for key, value in marker.items()]
-    found: list[int] = []
-    if not wanted or not os.path.isdir("/proc"):
-        return found
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
+    if not wanted:
+        return
+    for pid in all_pids():
         try:
-            with open(f"/proc/{name}/environ", "rb") as file:
+            with open(f"/proc/{pid}/environ", "rb") as file:
                 environ = file.read().split(b"\0")
         except OSError:
             continue
         if all(entry in environ for entry in wanted):
-            found.append(int(name))
-    return found
+            yield pid
 
 
 async def run_guarded(

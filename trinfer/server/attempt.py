@@ -63,13 +63,24 @@ class Attempt:
     # -- address ------------------------------------------------------------------------------------------------
 
     def lease_address(self, *, host: str, rank: int, uds: bool, avoid: Collection[int] = ()) -> None:
-        """Take a socket path or a port that no other trinfer process will take while the attempt lasts."""
-        if uds:
-            socket_lease = lease_socket()
-            self._lease, self.uds = socket_lease, socket_lease.path
-        else:
-            port_lease = lease_port(host=host, rank=rank, avoid=avoid)
-            self._lease, self.port = port_lease, port_lease.port
+        """Take a socket path or a port that no other trinfer process will take while the attempt lasts.
+
+        Raises:
+            ServerError: there is none, or its lock cannot be made.
+        """
+        try:
+            if uds:
+                socket_lease = lease_socket()
+                self._lease, self.uds = socket_lease, socket_lease.path
+            else:
+                port_lease = lease_port(host=host, rank=rank, avoid=avoid)
+                self._lease, self.port = port_lease, port_lease.port
+        except OSError as error:
+            raise ServerError(
+                f"the engine's address could not be leased: {error}",
+                cause="this process is short of file descriptors, or the disk with the runtime folder is full",
+                advice="look at ulimit -n and `df -h -i`, or name another folder in TRINFER_RUNTIME_DIR",
+            ) from error
 
     def on_end(self, release: Callable[[], None]) -> None:
         """Have ``release`` called when everything of the attempt has ended."""
@@ -210,13 +221,16 @@ class Attempt:
                 await guarded.wait()
 
     def known_processes(self) -> list[tuple[int, int]]:
-        """Pid and start time of every process of the attempt that lives now."""
+        """Pid and start time of every process of the attempt that lives now.
+
+        Takes tenths of a second for engines with thousands of threads; may be run in a thread itself.
+        """
         self.remember_processes()
-        return [each for guarded in self.processes for each in guarded.known()]
+        return [each for guarded in tuple(self.processes) for each in guarded.known()]
 
     def remember_processes(self) -> None:
         """Note the pids of now, for a look at what they hold when they are gone."""
-        for guarded in self.processes:
+        for guarded in tuple(self.processes):
             self.known_pids.update(guarded.tree())
 
     def stop_now(self) -> None:
@@ -277,6 +291,8 @@ def _check(command: Sequence[str], env: Mapping[str, str]) -> None:
     """
     if not command:
         raise FinalFailure("spawn() was called with an empty command", advice="give a program and its arguments")
+    if command[0] in {"", b""}:
+        raise FinalFailure("spawn(): the name of the program is empty", advice="give a program and its arguments")
     words: list[tuple[str, object]] = [(f"argument {number}", word) for number, word in enumerate(command)]
     for name, value in env.items():
         words += [(f"the name of environment variable {name!r}", name), (f"environment variable {name!r}", value)]

@@ -105,6 +105,7 @@ class InferenceServer(RequestSurface, abc.ABC):
         self._nursery: trio.Nursery | None = None
         self._run_scope = trio.CancelScope()
         self._ended = trio.Event()
+        self._home: trio.lowlevel.TrioToken | None = None
 
     # -- to be implemented by subclasses --------------------------------------------------------------------------
 
@@ -280,8 +281,7 @@ class InferenceServer(RequestSurface, abc.ABC):
     @property
     def requests_in_flight(self) -> int:
         """Requests that were accepted and are not answered yet, streams included."""
-        link = self._supervisor.link
-        return max(self._in_flight.count, link.api.pool.in_use if link is not None else 0)
+        return self._in_flight.count  # and not what is in the pool: a probe of our own is nobody's request
 
     async def server_cleanup(self) -> None:
         """Stop the engine and wait until nothing of it is left; idempotent.
@@ -302,6 +302,7 @@ class InferenceServer(RequestSurface, abc.ABC):
     async def __aenter__(self) -> Self:
         if self._nursery is not None:
             raise RuntimeError(f"{self.name} has been entered already: one block at a time")
+        self._home = trio.lowlevel.current_trio_token()
         self.node = find_node(
             os.environ, multi_node=self.config.multi_node, spans_nodes=self.spans_nodes and self.is_local
         )
@@ -362,7 +363,7 @@ class InferenceServer(RequestSurface, abc.ABC):
         self._run_scope.cancel()
         self._lifecycle.stop("left")
         manager, nursery = self._nursery_manager, self._nursery
-        self._nursery_manager = self._nursery = None
+        self._nursery_manager = self._nursery = self._home = None
         nursery.cancel_scope.cancel()
         try:
             # The body's exception is not passed on: the nursery would wrap it into an ExceptionGroup.
@@ -423,7 +424,9 @@ class InferenceServer(RequestSurface, abc.ABC):
             attempt,
             link,
             in_flight=lambda: pool.in_use + in_flight.own,
+            awaited=lambda: pool.in_use - pool.unread + in_flight.own,
             received=lambda: pool.received + in_flight.answered,
+            refused=lambda: pool.refused,
             token_probe=(self.route, self._token_probe()),
         )
 
@@ -444,7 +447,11 @@ class InferenceServer(RequestSurface, abc.ABC):
         if self.config.server_log_folder is None:
             return None
         node = f"_node_{self.node.rank}" if self.node.count > 1 else ""
-        return Path(self.config.server_log_folder) / f"server_rank_{self.rank}{node}.log"
+        path = Path(self.config.server_log_folder) / f"server_rank_{self.rank}{node}.log"
+        try:
+            return path.absolute()  # the body may change the working directory
+        except FileNotFoundError:  # it has been removed: the log says so when it is written
+            return path
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -302,6 +302,7 @@ CATALOGUE: tuple[Pattern, ...] = (
         r"operator \S+ does not exist",
         r": command not found$",
         r"error while loading shared libraries: (?P<library>\S+):",
+        r"requires `[\w.-]+`\. You can install it with",
         cause="a package that the engine needs is not installed, or does not fit",
         advice="install it in the engine's environment, or reinstall the engine",
         advice_with_groups="install {module}{library} in the engine's environment, or reinstall the engine",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Self
@@ -27,15 +28,20 @@ class Events:
         self._news = trio.Event()
         # Made after the end of a life, it has nothing to tell.
         self._over = lifecycle.state is ServerState.STOPPED and lifecycle.attempt > 0
-        ref = weakref.ref(self)
+
+        def forget(_: object) -> None:
+            with contextlib.suppress(ValueError):
+                lifecycle.observers.remove(hear)
+
+        ref = weakref.ref(self, forget)
 
         def hear(transition: Transition) -> None:
             events = ref()
             if events is not None:
                 events._waiting.append(transition)
                 events._news.set()
-            if events is None or transition.after is ServerState.STOPPED:
-                lifecycle.observers.remove(hear)
+            if transition.after is ServerState.STOPPED:
+                forget(None)
 
         lifecycle.observers.append(hear)
 

@@ -103,7 +103,10 @@ class InFlight:
         if await self.has_died(error, sent_in):
             if not self._lifecycle.is_down:
                 return
-            raise self._lifecycle.down_error() from error
+            down = self._lifecycle.down_error()
+            # Why the server is down says more than that this connection has gone.
+            down.__cause__ = down.__cause__ or error
+            raise down
         error.payload = payload
         raise error
 
@@ -160,20 +163,33 @@ class ServerStream:
         self._sent_in = 0
         self._stream: JsonStream | None = None
         self._is_counted = False
+        self._is_awaited = False
+        self._is_closed = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> dict[str, Any]:
-        """The next chunk. Cancelled: the connection is closed."""
+        """The next chunk. Cancelled: the connection is closed.
+
+        Raises:
+            trio.BusyResourceError: another task waits for it already.
+        """
+        if self._is_awaited:
+            raise trio.BusyResourceError("another task waits for the next chunk of this stream")
+        if self._is_closed:
+            raise StopAsyncIteration
         if not self._is_counted and self._stream is None:
             self._is_counted = True
             self._in_flight.count += 1
+        self._is_awaited = True
         try:
             return await self._next()
         except BaseException:  # the end of the stream, too
             self._uncount()
             raise
+        finally:
+            self._is_awaited = False
 
     async def _next(self) -> dict[str, Any]:
         stream = self._stream
@@ -184,6 +200,8 @@ class ServerStream:
                 return await self._first(self._timeout, accepted=False)
             return await stream.__anext__()
         except InferenceError as error:
+            if self._is_closed:  # by another task
+                raise StopAsyncIteration from error
             if self._stream is not None and self._stream.received:
                 raise await self._too_late(error, self._stream.received) from error
             return await self._in_flight.replay(error, self._sent_in, self._first, self._payload)
@@ -192,6 +210,8 @@ class ServerStream:
         if self._stream is not None:
             self._stream.close()
         self._stream = await self._begin(timeout, accepted)
+        if self._is_closed:  # while it waited
+            raise StopAsyncIteration
         self._sent_in = self._lifecycle.attempt
         return await self._stream.__anext__()
 
@@ -199,7 +219,9 @@ class ServerStream:
         """What is raised when some of the stream has been passed on already, so that it cannot be sent again."""
         error.payload = self._payload
         if await self._in_flight.has_died(error, self._sent_in) and self._lifecycle.is_down:
-            return self._lifecycle.down_error()
+            down = self._lifecycle.down_error()
+            down.received = received
+            return down
         if not isinstance(error, ConnectionLost):
             return error
         interrupted = StreamInterrupted(error.message, cause=error.cause, payload=self._payload)
@@ -207,7 +229,11 @@ class ServerStream:
         return interrupted
 
     def close(self) -> None:
-        """End the stream; one that is not complete closes its connection. Idempotent, and does not wait."""
+        """End the stream; one that is not complete closes its connection. Idempotent, and does not wait.
+
+        A task that waits for the next chunk finds the end of the stream.
+        """
+        self._is_closed = True
         self._uncount()
         if self._stream is not None:
             self._stream.close()

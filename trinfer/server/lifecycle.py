@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 import logging
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,7 +94,8 @@ class _Attempt:
 class Lifecycle:
     """State, readiness and failure of one server.
 
-    ``observers`` are called with each `Transition`, synchronously, after it happened; what they raise is logged.
+    ``observers`` are called with each `Transition`, synchronously, in order, after it happened; what they raise is
+    logged.
     """
 
     def __init__(self, name: str) -> None:
@@ -104,6 +106,7 @@ class Lifecycle:
         self._down = False
         self._leaving = False
         self._drain_reason: str | None = None
+        self._untold: deque[Transition] = deque()
         self.observers: list[Callable[[Transition], None]] = []
 
     @property
@@ -135,10 +138,11 @@ class Lifecycle:
     def start(self) -> None:
         """A new life begins, with its first attempt."""
         self._attempt = _Attempt(1)
-        self._move(ServerState.STARTING, "entered")
+        # Before observers look: what they see is the new life.
         self._failure = None
         self._leaving = self._down = False
         self._drain_reason = None
+        self._move(ServerState.STARTING, "entered")
 
     def retry(self) -> None:
         """The attempt was in vain and another begins; waiters go on to wait for that one."""
@@ -150,7 +154,7 @@ class Lifecycle:
     def ready(self) -> None:
         self._move(ServerState.READY, "the engine answers")
         self._attempt.settled.set()
-        if self._drain_reason is not None:
+        if self._drain_reason is not None and self._state is ServerState.READY:  # an observer may have been quicker
             self._move(ServerState.DRAINING, self._drain_reason)
 
     def restart(self, reason: str) -> None:
@@ -194,12 +198,20 @@ class Lifecycle:
         if after not in ALLOWED[before]:
             raise AssertionError(f"{self._name}: no way from {before.value} to {after.value} ({reason})")
         self._state = after
-        transition = Transition(before, after, trio.current_time(), reason, self._attempt.number)
-        for observer in tuple(self.observers):
-            try:
-                observer(transition)
-            except Exception:  # somebody's mistake in watching it is no reason to end an engine
-                logger.exception("%s: an observer of its states has failed", self._name)
+        self._untold.append(Transition(before, after, trio.current_time(), reason, self._attempt.number))
+        if len(self._untold) > 1:
+            return  # an observer has done this: it is told when everybody has heard of what came before
+        try:
+            while self._untold:
+                for observer in tuple(self.observers):
+                    try:
+                        observer(self._untold[0])
+                    except Exception:  # somebody's mistake in watching it is no reason to end an engine
+                        logger.exception("%s: an observer of its states has failed", self._name)
+                self._untold.popleft()
+        except BaseException:
+            self._untold.clear()
+            raise
 
     # -- waiting ----------------------------------------------------------------------------------------------
 

@@ -53,7 +53,9 @@ class Link:
 
     async def models(self) -> tuple[int, bytes]:
         """Status and body of ``GET /v1/models``; status 0 where nothing answers."""
-        self.last_look = f"GET {self.origin.url}{READINESS_PATH}: no complete answer yet"
+        # What a look has found stays until the next one has found something: most ends of a start fall into a look.
+        if not self.last_look:
+            self.last_look = f"GET {self.origin.url}{READINESS_PATH}: no complete answer yet"
         try:
             status, body = await self._control.get(READINESS_PATH, timeout=PROBE_TIMEOUT)
         except InferenceError as error:

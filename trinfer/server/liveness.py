@@ -5,6 +5,7 @@ Engines say "healthy" for hours while no token moves, and fall silent on probes 
 - With requests under way, only progress counts: an answer or a piece of one, or a counter in ``/metrics`` that moves.
   An engine without counters is believed to work as long as its processes use CPU; one that spins without getting
   anywhere is not found out.
+- An engine that answers with nothing but errors of its own (5xx) for as long gets nowhere, either.
 - Without requests, a cheap probe is sent now and then, one at a time, and three failures in a row are an end. A request
   for one token is sent to an idle engine only if the user wants that.
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 __all__ = ["Judge", "Signs", "Verdict", "progress_counters"]
 
 PROBE_FAILURES = 3  # in a row
+REFUSALS = 10  # answers with an error, below which nothing is said of an engine
 WORKING_CPU = 0.05  # CPU seconds per second, of all processes of the engine, above which it is working
 
 # Names end so in the engines' metrics: vLLM, SGLang and llama.cpp put their own prefixes before them.
@@ -51,6 +53,7 @@ class Verdict(enum.Enum):
     BUSY = "busy"  # requests under way, and progress
     SILENT = "silent"  # requests under way, and no progress for a while: a long prefill, or the beginning of an end
     WEDGED = "wedged"  # … for too long
+    USELESS = "useless"  # answers come, and for too long they have all been errors of the engine
     UNHEALTHY = "unhealthy"  # idle, and probes fail
 
 
@@ -62,6 +65,7 @@ class Signs:
         at: seconds of a steady clock.
         in_flight: requests under way.
         received: answers and pieces of answers so far.
+        refused: those of them that are errors of the engine.
         counters: the engine's own, or None where they could not be read this time.
         has_counters: they could be read once: not reading them is then no excuse.
         cpu: CPU seconds of its processes so far, or None.
@@ -75,6 +79,7 @@ class Signs:
     has_counters: bool = False
     cpu: float | None = None
     probe: bool | None = None
+    refused: int = 0
 
 
 class Judge:
@@ -82,14 +87,18 @@ class Judge:
 
     Attributes:
         silence: seconds that requests have been under way without progress; idle time does not count.
+        refusals: answers that were errors since the last good one.
     """
 
     def __init__(self, stall_timeout: float | None) -> None:
         self._limit = stall_timeout
         self._last: Signs | None = None
         self._counters: float | None = None
+        self._cpu: tuple[float, float] | None = None  # the last that was seen, and when
         self._failures = 0
+        self._refusing_since = 0.0  # when the first error came after the last good answer
         self.silence = 0.0
+        self.refusals = 0
 
     def see(self, signs: Signs) -> Verdict:
         """The verdict after one more moment."""
@@ -97,6 +106,10 @@ class Judge:
         moved = last is None or self._has_moved(last, signs)
         if signs.counters is not None:
             self._counters = signs.counters
+        if signs.cpu is not None:
+            self._cpu = (signs.at, signs.cpu)
+        if self._is_useless(last, signs):
+            return Verdict.USELESS
         if moved:
             self.silence = 0.0
         elif last is not None and last.in_flight and signs.in_flight:
@@ -113,9 +126,24 @@ class Judge:
             return True
         if signs.counters is not None and self._counters is not None:
             return signs.counters != self._counters
-        if signs.has_counters or signs.cpu is None or last.cpu is None or signs.at <= last.at:
+        if signs.has_counters or signs.cpu is None or self._cpu is None:
             return False
-        return (signs.cpu - last.cpu) / (signs.at - last.at) > WORKING_CPU
+        before, cpu = self._cpu
+        return signs.at > before and (signs.cpu - cpu) / (signs.at - before) > WORKING_CPU
+
+    def _is_useless(self, last: Signs | None, signs: Signs) -> bool:
+        if last is None:
+            return False
+        errors = signs.refused - last.refused
+        if signs.received - last.received > errors:
+            self.refusals = 0
+        elif errors:
+            if not self.refusals:
+                self._refusing_since = signs.at
+            self.refusals += errors
+            if self._limit is not None and self.refusals >= REFUSALS:
+                return signs.at - self._refusing_since >= self._limit
+        return False
 
     def _judge_idle(self, signs: Signs) -> Verdict:
         if signs.probe is not None:

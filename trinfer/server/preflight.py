@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from trinfer.config import NEEDS_MODEL
-from trinfer.process.gpus import gpu_count, gpu_users, gpus
+from trinfer.process.gpus import gpu_count, gpu_users, gpus, has_nvidia_smi
 from trinfer.server.hub import hub_cache, is_offline
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Finding", "inspect_machine", "preflight", "thorough"]
 
 NEEDS_GPUS = frozenset({"sglang", "vllm"})
+USES_HUB_CACHE = frozenset({"sglang", "transformers", "vllm"})  # llama.cpp has a cache of its own
 LITTLE_DISK = 5 * 2**30  # bytes
 FEW_FILES = 4096
 LITTLE_SHM = 2**30  # bytes
@@ -53,7 +54,8 @@ def _exists(path: str) -> bool:
 
 def preflight(config: InferenceConfig, *, nodes: int = 1) -> list[Finding]:
     """The checks that cost next to nothing; ``nodes`` share the engine's GPUs."""
-    return [*_check_model(config), *_check_gpu_count(config, nodes)]
+    hub = [found for found in _check_hub(config) if found.level == "error"]
+    return [*_check_model(config), *hub, *_check_gpu_count(config, nodes)]
 
 
 def thorough(config: InferenceConfig, program: str | None, *, nodes: int = 1) -> list[Finding]:
@@ -61,7 +63,7 @@ def thorough(config: InferenceConfig, program: str | None, *, nodes: int = 1) ->
     return [
         *_check_program(program),
         *preflight(config, nodes=nodes),
-        *_check_hub(config),
+        *(found for found in _check_hub(config) if found.level != "error"),
         *_check_disk(config),
         *_check_gpu_memory(),
     ]
@@ -75,7 +77,7 @@ def _check_model(config: InferenceConfig) -> Iterator[Finding]:
     model = config.model_name_or_path
     if config.server_type not in NEEDS_MODEL:
         return
-    if _is_path(model):
+    if _is_path(model) or (config.server_type == "llamacpp" and model.endswith(".gguf")):
         if _exists(model):
             yield Finding("ok", f"the model {model} is there")
         else:
@@ -130,6 +132,13 @@ def _check_hub(config: InferenceConfig) -> Iterator[Finding]:
         return
     name = model.partition(":")[0].replace("/", "--")
     environ = {**os.environ, **config.env}
+    if (
+        config.server_type not in USES_HUB_CACHE
+        or not _HUB_NAME.fullmatch(model)
+        or "download_dir" in {option.replace("-", "_") for option in config.model_kwargs}
+        or any(name.endswith("_USE_MODELSCOPE") for name in environ)
+    ):
+        return  # it comes from elsewhere, or is kept elsewhere
     cache = hub_cache(environ)
     if (cache / f"models--{name}").is_dir():
         yield Finding("ok", f"the model {model} is in the cache {cache}, or was begun to be downloaded there")
@@ -189,6 +198,9 @@ def inspect_machine() -> list[Finding]:
     seen = gpus()
     if seen:
         findings.append(Finding("ok", f"{len(seen)} GPUs, NVIDIA driver {seen[0].driver}"))
+    elif seen is None and has_nvidia_smi():
+        advice = "run it by hand, and look into `dmesg` for what the driver says (NVRM, Xid)"
+        findings.append(Finding("warning", "nvidia-smi is there, but it fails or does not answer", advice))
     else:
         findings.append(Finding("ok", "no NVIDIA GPU that nvidia-smi knows of"))
     return findings

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from trinfer.process.identity import SERVER_VARIABLE, run_id
+from trinfer.process import threads
+from trinfer.process.identity import SERVER_VARIABLE, pid_space, run_id
 from trinfer.process.ledger import Entry, Ledger
 from trinfer.server.lifecycle import ServerState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from trinfer.config import InferenceConfig
     from trinfer.process.output import EngineLog
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from trinfer.server.lifecycle import Transition
 
 __all__ = ["Registered", "Registration"]
+
+logger = logging.getLogger(__name__)
 
 EVERY = 5.0  # seconds between two looks at the number of requests
 
@@ -66,14 +70,26 @@ class Registration:
 
     @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
-        """Write down now and then how many requests there were, until cancelled."""
+        """Write down now and then how many requests and which processes there are, until cancelled."""
+        troubled = False
         while True:
             await trio.sleep(EVERY)
-            self._write()
+            try:
+                attempt = self._server.current_attempt
+                processes = [] if attempt is None else await threads.run_sync(attempt.known_processes)
+                if attempt is self._server.current_attempt and self._server.state is not ServerState.STOPPED:
+                    self._write(processes)
+                troubled = False
+            except Exception:  # a help, never a need: no engine is ended for it
+                if not troubled:
+                    logger.exception("%s: the ledger's entry could not be brought up to date", self._server.engine_name)
+                troubled = True
 
-    def _write(self) -> None:
+    def _write(self, processes: Sequence[tuple[int, int]] | None = None) -> None:
         server = self._server
         attempt = server.current_attempt
+        if processes is None:
+            processes = [] if attempt is None else attempt.known_processes()
         address = "" if attempt is None else attempt.uds or (f"port {attempt.port}" if attempt.port else "")
         entry = Entry(
             server=server.marker[SERVER_VARIABLE],
@@ -87,7 +103,8 @@ class Registration:
             started_at=self._started_at,
             restarts=server.restarts,
             requests=server.requests_accepted,
-            processes=[] if attempt is None else sorted(map(list, attempt.known_processes())),
+            processes=sorted(map(list, processes)),
+            space=pid_space(),
         )
         if entry != self._last:
             self._last = entry

@@ -52,6 +52,11 @@ class CrashReport:
     diagnosis: Diagnosis | None
     log_tail: tuple[str, ...]
 
+    @property
+    def line(self) -> str:
+        """For the history of an error: attempts that fail alike are told apart by how long they lasted."""
+        return f"start {self.attempt}, {self.phase}, after {self.uptime:.1f} s: {self.message}"
+
 
 def report(
     failure: ServerError,

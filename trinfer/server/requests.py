@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import trio
+
 from trinfer.errors import InferenceError, ServerError
 from trinfer.results import InferenceResult
 from trinfer.server.generation import StructuredModel, generation_payload, structured
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from trinfer.config import InferenceConfig
-    from trinfer.http.api import JsonStream
+    from trinfer.http.api import ApiClient, JsonStream
     from trinfer.http.control import HttpxClient
     from trinfer.server.link import Link
     from trinfer.server.supervisor import Supervisor
@@ -35,6 +37,7 @@ class RequestSurface:
     _in_flight: InFlight
     _supervisor: Supervisor
     _has_own_requests: bool
+    _home: trio.lowlevel.TrioToken | None  # the event loop in which it was entered
 
     @property
     def name(self) -> str:
@@ -55,7 +58,7 @@ class RequestSurface:
 
     async def _make_request(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Send one complete payload; subclasses may override it for engines with routes of their own."""
-        return await self._link().api.post_json(self.route, payload, timeout=self.config.request_timeout)
+        return await self._api().post_json(self.route, payload, timeout=self.config.request_timeout)
 
     async def wait_ready(self) -> None:
         """Return once the engine answers and is known to be ours.
@@ -63,6 +66,7 @@ class RequestSurface:
         Raises:
             ServerError: it failed, was stopped or drains; every waiter gets an error of its own with the same cause.
         """
+        self._check_home()
         await self._lifecycle.wait_ready()
 
     @property
@@ -99,7 +103,7 @@ class RequestSurface:
                 if self._has_own_requests:
                     return await in_flight.answer(partial(self._make_request, complete))
                 # The short way for the usual case: each layer between costs on every request.
-                return await self._link().api.post_json(self.route, complete, timeout=self.config.request_timeout)
+                return await self._api().post_json(self.route, complete, timeout=self.config.request_timeout)
             except InferenceError as error:
                 return await in_flight.replay(error, sent_in, partial(self._send_again, self.route, complete), payload)
         finally:
@@ -108,7 +112,7 @@ class RequestSurface:
     async def _send_again(self, path: str, complete: dict[str, Any], seconds: float) -> dict[str, Any]:
         if self._has_own_requests and path == self.route:
             return await self._in_flight.answer(partial(self._make_request, complete))
-        return await self._link().api.post_json(path, complete, timeout=max(seconds, 0.001))
+        return await self._api().post_json(path, complete, timeout=max(seconds, 0.001))
 
     async def request(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
         """POST to another route of the engine: embeddings, rerank, score, responses, tokenize, …
@@ -126,7 +130,7 @@ class RequestSurface:
             complete = {"model": self.model, **payload} if self.model else dict(payload)
             sent_in = self._lifecycle.attempt
             try:
-                return await self._link().api.post_json(path, complete, timeout=self.config.request_timeout)
+                return await self._api().post_json(path, complete, timeout=self.config.request_timeout)
             except InferenceError as error:
                 again = partial(self._send_again, path, complete)
                 return await self._in_flight.replay(error, sent_in, again, payload)
@@ -202,8 +206,21 @@ class RequestSurface:
             self._in_flight.total += 1
             await self._until_ready()
         elif self._lifecycle.state is not ServerState.READY:
+            self._check_home()
             await self._lifecycle.wait_ready(accepted=True)
-        return self._link().api.stream_json(self.route, self._complete(payload), timeout=timeout)
+        return self._api().stream_json(self.route, self._complete(payload), timeout=timeout)
+
+    def _check_home(self) -> None:
+        """In another event loop, everything that is waited for here would wake nobody, and a request never end."""
+        if self._home is not None and trio.lowlevel.current_trio_token() is not self._home:
+            raise RuntimeError(
+                f"{self.name} runs in another trio.run(), of another thread: "
+                "send requests from there, with trio.from_thread.run() and its trio_token"
+            )
+
+    def _api(self) -> ApiClient:
+        self._check_home()
+        return self._link().api
 
     def _link(self) -> Link:
         if self._supervisor.link is None:

@@ -40,7 +40,7 @@ class RestartBudget:
         return True
 
     def pause(self, *, short_of_resources: bool = False) -> float:
-        """Seconds to wait before the restart just taken: it doubles with each in the window, with full jitter.
+        """Seconds to wait before the restart just taken: it doubles with each in the window, with jitter.
 
         The first one comes without a pause when a crash may be passing; never so when something was short.
         """

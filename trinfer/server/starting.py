@@ -186,6 +186,12 @@ class StartWatch:
             )
         if status in NO_SUCH_ROUTE and not server.is_local:
             return True  # not every endpoint lists its models; a wrong URL shows with the first request
+        if 300 <= status < 400 and not server.is_local:
+            raise ServerError(
+                f"{server.name}: the server redirects elsewhere (status {status})",
+                cause="the URL is not the final one: http where the server wants https, for instance",
+                advice="give the final URL as endpoint_url: requests with keys are not sent elsewhere",
+            )
         if status != 200:
             return False
         self.found_model = next(iter(served_models(body)), "")

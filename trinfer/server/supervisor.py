@@ -21,7 +21,13 @@ from trinfer.process import threads
 from trinfer.process.identity import new_marker
 from trinfer.server.attempt import Attempt, FinalFailure, PortTaken
 from trinfer.server.diagnosis import diagnose, is_port_in_use
-from trinfer.server.gpu_release import RELEASE_WAIT, describe_holders, until_released
+from trinfer.server.gpu_release import (
+    RELEASE_WAIT,
+    describe_holders,
+    strangers,
+    until_released,
+    until_strangers_leave,
+)
 from trinfer.server.lifecycle import SERVING, ServerState
 from trinfer.server.preflight import preflight
 from trinfer.server.reports import CrashReport, report
@@ -46,6 +52,7 @@ LAST_WORDS = 0.04  # seconds that the output of a dead engine may still take to 
 SHOWN_TAIL = 50  # lines
 READ_TAIL = 200  # lines that are searched for a cause
 KEPT_REPORTS = 100
+TOLD_SOON = 2.0  # seconds for a look at the GPUs before a failure is told
 
 
 class Supervised(Starter, Protocol):
@@ -124,7 +131,7 @@ class Supervisor:
             nonlocal pause
             failure = await self._start_and_watch(attempt)
             if failure is not None:  # else a worker node's engine has ended well
-                pause = self._what_next(attempt, failure)
+                pause = await self._what_next(attempt, failure)
 
         self.attempt = attempt
         server.log.begin(f"start attempt {self._lifecycle.attempt} of {server.name}")
@@ -141,6 +148,10 @@ class Supervisor:
         if holders:
             self._lifecycle.fail(self._still_held(holders))
             return None
+        if self._is_short_of_resources():
+            began = trio.current_time()
+            await until_strangers_leave(self._visible_gpus(), attempt.known_pids)
+            pause = max(0.0, pause - (trio.current_time() - began))
         return pause
 
     def _still_held(self, holders: Collection[GpuUser]) -> ServerError:
@@ -150,13 +161,14 @@ class Supervisor:
             cause="a process that cannot be ended (state D) waits for the driver",
             advice="look at `nvidia-smi` and `dmesg`; the GPU may need a reset, or the machine a restart",
             server=self._server.name,
-            history=[past.message for past in self.reports],
+            history=[past.line for past in self.reports],
         )
 
     # -- after a failure ------------------------------------------------------------------------------------------
 
-    def _what_next(self, attempt: Attempt, failure: ServerError) -> float | None:
+    async def _what_next(self, attempt: Attempt, failure: ServerError) -> float | None:
         """Put the failure on record, and tell who waits; the pause before the next attempt, None if it was the last."""
+        attempt.remember_processes()  # whose GPU memory is then waited for
         server, lifecycle = self._server, self._lifecycle
         serving = lifecycle.state in SERVING
         if isinstance(failure, PortTaken) and not serving and len(self._ports) <= PORT_CHANGES:
@@ -165,17 +177,38 @@ class Supervisor:
             return 0.0
         crash = self._report(attempt, failure, serving=serving)
         self.reports = [*self.reports, crash][-KEPT_REPORTS:]
+        others = await self._who_else_holds_gpus(attempt)
         refusal = self._why_not_again(failure, crash)
         if refusal is not None:
-            lifecycle.fail(self._explain(failure, crash, refusal))
+            lifecycle.fail(self._explain(failure, crash, refusal, others))
             return None
         logger.warning("%s: starting again after: %s", server.name, failure.message)
-        short = crash.diagnosis is not None and crash.diagnosis.kind == "resource"
         if serving:
             lifecycle.restart(failure.message)
         else:
             lifecycle.retry()
-        return self._budget.pause(short_of_resources=short) if self._was_ready else 0.0
+        # Before the first readiness nothing is on the budget's account yet, and its pause is that of a first restart.
+        return self._budget.pause(short_of_resources=self._is_short_of_resources())
+
+    def _is_short_of_resources(self) -> bool:
+        """Whether the last attempt has failed for lack of something that may come free."""
+        diagnosis = self.reports[-1].diagnosis if self.reports else None
+        return diagnosis is not None and diagnosis.kind == "resource"
+
+    async def _who_else_holds_gpus(self, attempt: Attempt) -> str:
+        """Others that may be why there was not enough memory, in words; empty for nobody."""
+        if not self._is_short_of_resources():
+            return ""
+        with trio.move_on_after(TOLD_SOON):  # those who wait are told soon, with this or without
+            return describe_holders(await strangers(self._visible_gpus(), attempt.known_pids))
+        return ""
+
+    def _visible_gpus(self) -> Collection[str]:
+        config = self._server.config
+        if config.gpus is not None:
+            return [str(gpu) for gpu in config.gpus]
+        visible = {**os.environ, **config.env}.get("CUDA_VISIBLE_DEVICES", "")
+        return [each.strip() for each in visible.split(",") if each.strip()]
 
     def _why_not_again(self, failure: ServerError, crash: CrashReport) -> str | None:
         """Why there shall not be another attempt, in words (which may be empty); None if there shall."""
@@ -205,17 +238,26 @@ class Supervisor:
             log_tail=failure.log_tail or log.tail(SHOWN_TAIL),
         )
 
-    def _explain(self, failure: ServerError, crash: CrashReport, refusal: str) -> ServerError:
+    def _explain(self, failure: ServerError, crash: CrashReport, refusal: str, others: str) -> ServerError:
         """The failure with all that is known: diagnosis, the engine's last words, the attempts before."""
         diagnosis = None if failure.cause else crash.diagnosis
+        cause = diagnosis.cause if diagnosis else failure.cause
+        advice = diagnosis.advice if diagnosis else failure.advice
+        if cause is None and failure.returncode == 0:
+            cause = "its program ended by itself and without an error: it puts itself into the background, perhaps"
+            advice = (
+                advice or "run it in the foreground (without --daemon, or & in a script), and for as long as it serves"
+            )
+        if others:
+            cause = f"{cause}; others hold GPU memory: {others}"
         explained = ServerError(
             failure.message + (f"; not started again: {refusal}" if refusal else ""),
-            cause=diagnosis.cause if diagnosis else failure.cause,
-            advice=diagnosis.advice if diagnosis else failure.advice,
+            cause=cause,
+            advice=advice,
             log_tail=crash.log_tail,
             server=self._server.name,
             returncode=failure.returncode,
-            history=[past.message for past in self.reports],
+            history=[past.line for past in self.reports],
         )
         explained.__cause__ = failure.__cause__
         return explained

@@ -78,6 +78,7 @@ def parse(argv: list[str], *, with_environment: bool = True) -> argparse.Namespa
     serve = parser.add_argument_group("requests")
     serve.add_argument("--wedge-after", type=int, default=-1, help="answer N requests, then no more; health stays 200")
     serve.add_argument("--status-at", nargs=2, action="append", default=[], metavar=("N", "STATUS"))
+    serve.add_argument("--status-from", nargs=2, action="append", default=[], metavar=("N", "STATUS"))
     serve.add_argument("--stall-at", nargs=2, action="append", default=[], metavar=("N", "SECONDS"))
     serve.add_argument("--retry-after", default="", help="header that goes with --status-at")
     serve.add_argument("--reset-at", type=int, default=-1, help="reset the connection in the middle of answer N")
@@ -87,6 +88,7 @@ def parse(argv: list[str], *, with_environment: bool = True) -> argparse.Namespa
     serve.add_argument("--work", action="store_true", help="a counter in /metrics moves while a request is under way")
     serve.add_argument("--burn", action="store_true", help="use CPU while a request is under way")
     serve.add_argument("--probes-file", help="append a line here for each GET")
+    serve.add_argument("--answered-file", help="append each prompt here, as JSON, when it is answered")
     serve.add_argument("--aborted-file", help="append a line here when a client goes away before its answer")
     options = parser.parse_args([*(from_environment() if with_environment else ()), *argv])
     phase, _, number = options.crash_at.partition(":")
@@ -315,7 +317,10 @@ class Engine:
                 with open(options.aborted_file, "a", encoding="utf-8") as file:
                     file.write(f"{number}\n")
             raise ConnectionAbortedError
-        for at, status in options.status_at:
+        for at, status in [
+            *options.status_at,
+            *((number, each) for n, each in options.status_from if int(n) <= number),
+        ]:
             if int(at) == number:
                 self.send(client, int(status), {"error": {"message": f"status {status} to order"}}, options.retry_after)
                 return
@@ -328,6 +333,9 @@ class Engine:
             return
         with self.lock:
             self.tokens += len(words)
+        if options.answered_file:
+            with open(options.answered_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(prompt) + "\n")
         if payload.get("stream"):
             self.stream(client, number, words, chat=chat)
             return

@@ -31,6 +31,7 @@ class Faults:
         dies_at_start: exit before it binds, after its output.
         port_stolen: find the port taken, in the first N starts.
         statuses: answer these requests with these statuses; ``retry_after`` goes with them.
+        fails_from: answer with status 500 from this request on; /health still says 200.
         stalls: answer these requests so much later.
         reset_at: reset the connection in the middle of this answer.
         orphan: have a grandchild that ignores SIGTERM, and a daemon.
@@ -54,6 +55,7 @@ class Faults:
     port_stolen: int = 0
     statuses: Mapping[int, int] = field(default_factory=dict)
     retry_after: str = ""
+    fails_from: int | None = None
     stalls: Mapping[int, float] = field(default_factory=dict)
     reset_at: int | None = None
     orphan: bool = False
@@ -88,6 +90,8 @@ class Faults:
             options += ["--print", line]
         for number, status in self.statuses.items():
             options += ["--status-at", str(number), str(status)]
+        if self.fails_from is not None:
+            options += ["--status-from", str(self.fails_from), "500"]
         for number, seconds in self.stalls.items():
             options += ["--stall-at", str(number), str(seconds)]
         for name, wanted in (
