@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import random
+import resource
+import socket
 import ssl
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
@@ -27,7 +32,7 @@ from trinfer import (
     RequestError,
     RequestTimeout,
 )
-from trinfer.http import api, pool
+from trinfer.http import api, control, pool
 from trinfer.http.api import ApiClient
 from trinfer.http.connection import HttpAnswer, MalformedAnswer, _Reader
 from trinfer.http.control import ControlClient
@@ -35,7 +40,11 @@ from trinfer.http.failures import server_message
 from trinfer.http.origin import Origin
 from trinfer.http.pool import Pool
 from trinfer.http.retry import NO_RETRIES
+from trinfer.http.serving import HttpRequest, HttpResponse, json_response, serve_http
 from trinfer.http.transport import Proxy, TlsOptions, find_proxy
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 OK = b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"ok":true}'
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
@@ -125,6 +134,9 @@ MALFORMED = {
     "body too long": b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\nhello",
     "trailers for ever": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n"
     + b"X: y\r\n" * 60_000,
+    "interim with a length and a body": b"HTTP/1.1 104 Soon\r\nContent-Length: 5\r\n\r\nhello" + PLAIN,
+    "interim in chunks": b"HTTP/1.1 110 Soon\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n" + PLAIN,
+    "no status": b"HTTP/1.1 000 Nothing\r\nContent-Length: 0\r\n\r\n" + PLAIN,
     "interim for ever": b"HTTP/1.1 102 Processing\r\n\r\n" * 20 + PLAIN,
 }
 
@@ -149,10 +161,14 @@ def test_malformed_answers_split_anywhere_are_never_complete_and_clean(name, dat
     whole = MALFORMED[name]
     cut = data.draw(st.integers(1, len(whole) - 1))
     reader = _Reader()
-    with pytest.raises(MalformedAnswer):  # noqa: PT012  # either piece may raise
+
+    def feed() -> None:  # either piece may raise
         for piece in (whole[:cut], whole[cut:]):
             reader.feed(piece)
             assert not reader.complete or piece == whole[:cut]
+
+    with pytest.raises(MalformedAnswer):
+        feed()
 
 
 async def test_bytes_that_come_after_an_answer_close_the_connection_before_its_next_use():
@@ -220,7 +236,7 @@ async def test_an_answer_that_breaks_off_is_lost(script):
 
 async def test_nobody_there():
     client = ApiClient(Origin.from_url("http://127.0.0.1:1"), retry=NO_RETRIES)
-    with pytest.raises(ConnectionLost, match=r"127\.0\.0\.1:1"):
+    with pytest.raises(ConnectionLost, match=r"127\.0\.0\.1:1.*Connection refused"):
         await client.post_json("/x", {}, timeout=5)
     client = ApiClient(Origin.unix("/no/such/socket"), retry=NO_RETRIES)
     with pytest.raises(ConnectionLost, match="no connection"):
@@ -228,6 +244,114 @@ async def test_nobody_there():
     client.close()
     with pytest.raises(ConnectionLost, match="closed"):
         await client.post_json("/x", {}, timeout=5)
+
+
+def not_accepting(path: Path, *, queue: int) -> trio.SocketListener:
+    """A unix socket with a queue for one connection more than ``queue``, from which nobody is taken yet."""
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    bound.bind(str(path))
+    bound.listen(queue)
+    bound.setblocking(False)
+    return trio.SocketListener(trio.socket.from_stdlib_socket(bound))
+
+
+async def test_a_full_queue_of_a_unix_socket_is_waited_for(tmp_path):
+    # The server accepts nobody for a while: a queue of one has room for two.
+    async def answer(_: HttpRequest) -> HttpResponse:
+        return json_response({"ok": True})
+
+    listener = not_accepting(tmp_path / "s", queue=1)
+    client = ApiClient(Origin.unix(str(tmp_path / "s")), retry=NO_RETRIES)
+    async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as requests:
+            for _ in range(30):
+                requests.start_soon(partial(client.post_json, "/x", {}, timeout=9))
+            await trio.sleep(0.1)
+            with trio.move_on_after(0.05) as impatient:
+                await client.post_json("/x", {}, timeout=9)
+            assert impatient.cancelled_caught
+            nursery.start_soon(serve_http, answer, [listener])
+        assert client.pool.in_use == 0
+        client.close()
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def few_descriptors():
+    """Twenty more than are open now."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = set(map(int, os.listdir("/proc/self/fd")))
+    last = next(itertools.islice((fd for fd in itertools.count() if fd not in in_use), 19, None))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+async def test_more_requests_than_file_descriptors_wait_for_each_other(few_descriptors):
+    # Client and server share the descriptors: some ten connections are possible.
+    async def answer(_: HttpRequest) -> HttpResponse:
+        await trio.sleep(0.02)
+        return json_response({"ok": True})
+
+    async with trio.open_nursery() as nursery:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(serve_http, answer, listeners)
+        await trio.testing.wait_all_tasks_blocked()
+        port = listeners[0].socket.getsockname()[1]
+        client = ApiClient(Origin.from_url(f"http://127.0.0.1:{port}"), retry=NO_RETRIES)
+        nursery.start_soon(client.sweep)
+        with trio.move_on_after(0.03):  # those who give up while they wait leave the count as it was
+            async with trio.open_nursery() as impatient:
+                for _ in range(50):
+                    impatient.start_soon(partial(client.post_json, "/x", {}, timeout=20))
+        assert client.pool.in_use == 0
+        async with trio.open_nursery() as requests:
+            for _ in range(100):
+                requests.start_soon(partial(client.post_json, "/x", {}, timeout=20))
+        assert client.pool.in_use == 0
+        client.close()
+        nursery.cancel_scope.cancel()
+
+
+async def test_connections_that_do_not_stand_yet_hold_descriptors_too(few_descriptors, tmp_path):
+    # Nobody accepts for a while: the descriptors go to connects under way.
+    async def answer(_: HttpRequest) -> HttpResponse:
+        return json_response({"ok": True})
+
+    listener = not_accepting(tmp_path / "s", queue=0)
+    first_in_the_queue = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    first_in_the_queue.connect(str(tmp_path / "s"))
+    client = ApiClient(Origin.unix(str(tmp_path / "s")), retry=NO_RETRIES)
+    async with trio.open_nursery() as nursery:
+        kept_for_the_server = [os.dup(0) for _ in range(8)]
+        async with trio.open_nursery() as requests:
+            for _ in range(60):
+                requests.start_soon(partial(client.post_json, "/x", {}, timeout=20))
+            await trio.sleep(0.1)
+            assert 0 < client.pool.in_use < 20  # the others have given their slots back until there is a connection
+            for fd in kept_for_the_server:
+                os.close(fd)
+            first_in_the_queue.close()
+            nursery.start_soon(serve_http, answer, [listener])
+        assert client.pool.in_use == 0
+        client.close()
+        nursery.cancel_scope.cancel()
+
+
+async def test_no_descriptor_for_the_first_connection_is_told(few_descriptors):
+    client = ApiClient(Origin.from_url("http://127.0.0.1:1"), retry=NO_RETRIES)
+    held = []
+    with contextlib.suppress(OSError):
+        while True:
+            held.append(os.dup(0))
+    try:
+        with pytest.raises(ConnectionLost, match="Too many open files") as caught:
+            await client.post_json("/x", {}, timeout=5)
+    finally:
+        for fd in held:
+            os.close(fd)
+    assert "ulimit -n" in str(caught.value.advice)
+    client.close()
 
 
 # -- requests and errors --------------------------------------------------------------------------------------------
@@ -626,6 +750,50 @@ async def test_the_control_client_maps_every_error(tmp_path):
             client = ControlClient(origin)
             with pytest.raises(kind):
                 await client.get("/x", timeout=0.2)
+            await client.aclose()
+
+
+@pytest.mark.parametrize(("timeout", "patience"), [(0.2, 5), (5, 0.2)], ids=["timed out", "cancelled"])
+async def test_a_tls_handshake_that_is_given_up_leaves_no_connection(timeout, patience):
+    ended = trio.Event()
+
+    async def never_answers(stream: trio.SocketStream) -> None:
+        while await stream.receive_some(65536):
+            pass
+        ended.set()
+
+    async with serving(never_answers) as origin:
+        client = ControlClient(Origin("https", "127.0.0.1", origin.port))
+        with trio.move_on_after(patience) as outer:
+            with pytest.raises(RequestTimeout):
+                await client.get("/x", timeout=timeout)
+        assert outer.cancelled_caught is (patience < timeout)
+        with trio.fail_after(1):  # the garbage collector would do it, too, but nobody knows when
+            await ended.wait()
+        await client.aclose()
+
+
+async def test_a_page_that_drips_or_never_ends_costs_the_control_client_no_more_than_its_bounds(monkeypatch):
+    head = b"HTTP/1.1 200 OK\r\n\r\n"
+    monkeypatch.setattr(control, "MAX_PAGE_BYTES", 2**20)
+    for script, timeout, kind in (
+        ([head, *[b"x", 0.05] * 40], 0.3, RequestTimeout),
+        ([head, *[b"x" * 65536] * 40, 5.0], 5, ProtocolError),
+    ):
+
+        async def page(stream: trio.SocketStream, script: list[object] = script) -> None:
+            await stream.receive_some(65536)
+            with contextlib.suppress(trio.BrokenResourceError):
+                for piece in script:
+                    await (trio.sleep(piece) if isinstance(piece, float) else stream.send_all(piece))
+            stream.socket.close()
+
+        async with serving(page) as origin:
+            client = ControlClient(origin)
+            began = trio.current_time()
+            with pytest.raises(kind):
+                await client.get("/x", timeout=timeout)
+            assert trio.current_time() - began < 2
             await client.aclose()
 
 

@@ -6,9 +6,10 @@ pay for do not come this way: httpx costs milliseconds each under trio.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
+import trio
 
 from trinfer.errors import ConnectionLost, ProtocolError, RequestTimeout
 from trinfer.http.transport import TlsOptions
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from trinfer.http.origin import Origin
 
 __all__ = ["ControlClient", "HttpxClient"]
+
+MAX_PAGE_BYTES = 64 * 2**20
 
 HttpxClient = httpx.AsyncClient
 
@@ -59,21 +62,64 @@ class ControlClient:
         Raises:
             RequestTimeout, ConnectionLost, ProtocolError: as their names say; nothing of httpx comes out.
 
-        Cancelled: httpx closes the connection.
+        Cancelled: the connection is closed.
         """
         base = self._origin
+        body = bytearray()
+        opened = _Opened()
         try:
-            answer = await self.open().get(path, timeout=timeout)
-        except httpx.TimeoutException as error:
-            raise RequestTimeout(f"GET {base.url}{path}: no answer within {timeout:g} s") from error
+            # httpx counts the time between two pieces, and takes in whatever comes.
+            with trio.move_on_after(timeout) as scope:
+                async with self.open().stream("GET", path, timeout=timeout, extensions={"trace": opened}) as answer:
+                    async for piece in answer.aiter_bytes():
+                        body += piece
+                        if len(body) > MAX_PAGE_BYTES:
+                            scope.cancel()  # httpx's generators end well only if it is they that are interrupted
+                    if len(body) <= MAX_PAGE_BYTES:
+                        return answer.status_code, bytes(body)
+        except httpx.TimeoutException:
+            pass
         except httpx.TransportError as error:
-            raise ConnectionLost(f"GET {base.url}{path}: {error}") from error
+            raise ConnectionLost(f"GET {base.url}{path}: {_reason(error)}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ProtocolError(f"GET {base.url}{path}: {error}") from error
-        return answer.status_code, answer.content
+        finally:
+            opened.close()
+        if len(body) > MAX_PAGE_BYTES:
+            raise ProtocolError(f"GET {base.url}{path}: the page is longer than {MAX_PAGE_BYTES} bytes")
+        raise RequestTimeout(f"GET {base.url}{path}: no answer within {timeout:g} s")
 
     async def aclose(self) -> None:
         """Close its connections. Idempotent."""
         client, self._client = self._client, None
         if client is not None:
             await client.aclose()
+
+
+class _Opened:
+    """The connections that httpx has opened for one request, seen through its trace extension.
+
+    httpx itself leaves the socket of a TLS handshake that is cancelled to the garbage collector (httpcore 1.0.9,
+    ``TrioStream.start_tls``): until then the server keeps a connection that nobody uses.
+    """
+
+    def __init__(self) -> None:
+        self._sockets: list[trio.socket.SocketType] = []
+
+    async def __call__(self, event: str, info: dict[str, Any]) -> None:
+        if event.endswith((".connect_tcp.complete", ".connect_unix_socket.complete")):
+            self._sockets.append(info["return_value"].get_extra_info("socket"))
+
+    def close(self) -> None:
+        for each in self._sockets:
+            each.close()
+
+
+def _reason(error: BaseException) -> str:
+    """What has happened, in words: those of the layers below, where httpx has none of its own."""
+    reason: BaseException | None = error
+    while reason is not None:
+        if str(reason):
+            return str(reason)
+        reason = reason.__cause__ or reason.__context__
+    return type(error).__name__
