@@ -209,6 +209,7 @@ def _last(run: RunDirectory, key: bytes, segment: int, offset: int, length: int)
 
 
 MANY = -1  # a whole commit of lines
+OUTCOMES = frozenset({ROW, REMOVED, FAILED})
 
 
 def _as_done(run: RunDirectory, expected: int) -> Iterator[tuple[int, bytes]]:
@@ -216,15 +217,14 @@ def _as_done(run: RunDirectory, expected: int) -> Iterator[tuple[int, bytes]]:
     check = run.superseded > 0 or run.known != expected
     for number, segment in enumerate(run.segments):
         for frame in segment.frames(verify=False):
-            entries = list(frame.entries())
-            if not any(entry.kind in {ROW, REMOVED, FAILED} for entry in entries):
+            if frame.kinds.isdisjoint(OUTCOMES):
                 continue
             bodies = segment.read(frame)
-            if not check and all(entry.kind == ROW for entry in entries):
+            if not check and frame.kinds == {ROW}:
                 yield MANY, bodies
                 continue
-            for kind, key, offset, length in entries:
-                if kind not in {ROW, REMOVED, FAILED}:
+            for kind, key, offset, length in frame.entries():
+                if kind not in OUTCOMES:
                     continue
                 if check:
                     place = _last(run, key, number, offset, length)

@@ -247,7 +247,9 @@ class RunDirectory:
             if frame.offset < self._ends.get(number, 0):
                 continue
             replaced = outcomes = 0
-            for kind, key, offset, length in frame.entries():  # for millions: no more than needed
+            end = frame.bodies
+            for kind, length, key in frame.rows():  # for millions: no more than needed
+                offset, end = end, end + length
                 if kind == CALL:
                     calls.setdefault(key, []).append(Place(0, kind, number, place_of(offset, length)))
                     continue

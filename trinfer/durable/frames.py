@@ -92,6 +92,15 @@ class Frame:
         """Records in it."""
         return len(self.table) // ROW.size
 
+    @property
+    def kinds(self) -> frozenset[int]:
+        """Those of its records."""
+        return frozenset(self.table[:: ROW.size])
+
+    def rows(self) -> Iterator[tuple[int, int, bytes]]:
+        """Kind, length and key of each record, in the order of the bodies: for millions, where `entries` is slow."""
+        return ROW.iter_unpack(self.table)
+
     def entries(self) -> Iterator[Entry]:
         offset = self.bodies
         for kind, length, key in ROW.iter_unpack(self.table):
