@@ -229,8 +229,9 @@ class RequestSurface:
 
     def _complete(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         complete: dict[str, Any] = {**self.config.default_generation_params, **payload}
-        if self.model:
-            complete.setdefault("model", self.model)
+        model = self.model
+        if model:
+            complete.setdefault("model", model)
         return complete
 
     def _token_probe(self) -> dict[str, Any]:
