@@ -183,6 +183,7 @@ class Committer:
                         self._room.set()
                         self._on_failure(error)
                         return
+                del group  # or it would be kept while the next one grows
                 if self._closed and not self._records and not self._calls:
                     return
                 if self._closed:

@@ -168,11 +168,15 @@ def find_salt(fd: int) -> int | None:
 
 def encode_frame(records: Sequence[Record], salt: int) -> bytes:
     """One frame. The bodies together must stay below 4 GiB."""
-    bodies = b"".join([record.body for record in records])
+    length = checksum = 0
+    for record in records:  # one by one: joined, they would be twice in memory beside the frame
+        length += len(record.body)
+        checksum = zlib.crc32(record.body, checksum)
     pack = ROW.pack
     table = b"".join([pack(kind, len(body), key) for kind, key, body in records])
-    head = HEAD.pack(MAGIC, salt, len(records), len(bodies), zlib.crc32(bodies))
-    return b"".join((head, CHECK.pack(zlib.crc32(table, zlib.crc32(head))), table, bodies))
+    head = HEAD.pack(MAGIC, salt, len(records), length, checksum)
+    check = CHECK.pack(zlib.crc32(table, zlib.crc32(head)))
+    return b"".join([head, check, table, *[record.body for record in records]])
 
 
 def scan(fd: int, salt: int, *, start: int = HEAD_BYTES, verify: bool) -> Iterator[Frame]:
