@@ -1,4 +1,4 @@
-"""Outcomes to the disk: many in one write and one sync, while work goes on.
+"""Outcomes to the disk: many with one sync, while work goes on.
 
 Rules: outcomes are committed in the order in which they come, all of them, also when the run is cancelled. The answers
 of an unfinished item are committed with the next group; most items are finished by then, and their answers never are.

@@ -4,9 +4,9 @@
     frame    = head (magic, salt, count, length and checksum of the bodies, checksum of head and table),
                table (kind, length, key of each record), bodies
 
-Rules: a frame is written by one write and one sync, so that at most one frame of a segment can be torn, and only the
-last. The salt ties frames to their segment: old blocks that a file system brings back after a crash are not taken for
-new ones. Heads and tables have a checksum of their own, so that a million keys are read without the bodies.
+Rules: each frame has a sync of its own, so that at most one frame of a segment can be torn, and only the last. The salt
+ties frames to their segment: old blocks that a file system brings back after a crash are not taken for new ones. Heads
+and tables have a checksum of their own, so that a million keys are read without the bodies.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ ROW = struct.Struct("<BI16s")  # kind, length of the body, key
 LARGEST_COUNT = 1 << 20
 LARGEST_BODY = (1 << 30) - 1  # bytes
 CHUNK = 1 << 20
+PIECE = 1 << 16  # bytes of a frame that are written at once
 
 
 class Record(NamedTuple):
@@ -166,17 +167,27 @@ def find_salt(fd: int) -> int | None:
     return None
 
 
-def encode_frame(records: Sequence[Record], salt: int) -> bytes:
-    """One frame. The bodies together must stay below 4 GiB."""
+def encode_frame(records: Sequence[Record], salt: int) -> Iterator[bytes]:
+    """One frame, in pieces: after a slow sync it has megabytes, of which no second copy is made.
+
+    The bodies together must stay below 4 GiB.
+    """
     length = checksum = 0
-    for record in records:  # one by one: joined, they would be twice in memory beside the frame
+    for record in records:
         length += len(record.body)
         checksum = zlib.crc32(record.body, checksum)
     pack = ROW.pack
     table = b"".join([pack(kind, len(body), key) for kind, key, body in records])
     head = HEAD.pack(MAGIC, salt, len(records), length, checksum)
-    check = CHECK.pack(zlib.crc32(table, zlib.crc32(head)))
-    return b"".join([head, check, table, *[record.body for record in records]])
+    pieces = [head, CHECK.pack(zlib.crc32(table, zlib.crc32(head))), table]
+    size = len(table)
+    for record in records:
+        pieces.append(record.body)
+        size += len(record.body)
+        if size >= PIECE:
+            yield b"".join(pieces)
+            pieces, size = [], 0
+    yield b"".join(pieces)
 
 
 def scan(fd: int, salt: int, *, start: int = HEAD_BYTES, verify: bool) -> Iterator[Frame]:

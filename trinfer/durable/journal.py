@@ -190,11 +190,13 @@ class Journal:
     def _write_frame(self, records: Sequence[Record]) -> int:
         if self._fd < 0 or self._size >= self._limit:
             self._begin_segment()
-        frame = encode_frame(records, self._salt)
-        self._disk.write_all(self._fd, frame)
+        written = 0
+        for piece in encode_frame(records, self._salt):
+            self._disk.write_all(self._fd, piece)
+            written += len(piece)
         self._disk.sync(self._fd)
-        self._size += len(frame)
-        return len(frame)
+        self._size += written
+        return written
 
     def _begin_segment(self) -> None:
         if self._fd >= 0:
