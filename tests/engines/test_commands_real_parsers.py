@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from tests.engines import real
 from trinfer.config import InferenceConfig
 from trinfer.engines import sglang_launcher
 from trinfer.engines.address import Address
-from trinfer.engines.llamacpp import llamacpp_command
 from trinfer.engines.sglang import sglang_command
 from trinfer.engines.transformers import transformers_command
 from trinfer.engines.vllm import vllm_command
@@ -189,14 +187,3 @@ def test_transformers():
     )
     agrees(full, {"trust_remote_code": "True", "continuous_batching": "True", "dtype": "x"})
     assert "No such option" in refused
-
-
-def test_llama_server():
-    program = shutil.which("llama-server")
-    if program is None:
-        pytest.skip("llama-server is not on PATH; the package xllamacpp is tested in test_llamacpp_real.py")
-    settings = config("llamacpp", model_kwargs={"parallel": 2, "n_gpu_layers": 0, "mmap": False})
-    # Options are read from the left, and --version ends the program: what stands before it has been accepted.
-    line = [*llamacpp_command(settings, TCP, [program]), "--version"]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

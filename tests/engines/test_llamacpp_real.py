@@ -6,6 +6,7 @@ import dataclasses
 import http.client
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ pytest.importorskip("xllamacpp", reason="the package xllamacpp is not installed:
 pytestmark = pytest.mark.engine
 
 CONTEXT = 512
+LLAMA_SERVER = shutil.which("llama-server")
 
 
 @pytest.fixture(scope="session")
@@ -274,3 +276,21 @@ def test_a_signal_ends_it_at_once(model, number, moment):
         # In its very first moments Python itself still handles SIGINT, and ends with 1 or -2 by its own choice.
         assert runner.process.wait(10) in {-number, 1}
         assert time.monotonic() - began < 2
+
+
+@pytest.mark.skipif(LLAMA_SERVER is None, reason="llama-server, ten minutes to build, is not on PATH")
+async def test_llama_server_itself(config):
+    """All else here is tested with the package, which has the same server."""
+    kwargs = {"parallel": 2, "threads": 1, "n_gpu_layers": 0, "warmup": False}
+    config = changed(config, executable=LLAMA_SERVER, model_kwargs=kwargs, api_key="sk-llama-secret")
+    async with LlamaCppServer(config) as server:
+        chat = await server.make_request({"messages": [{"role": "user", "content": "Hello?"}]})
+        chunks = [chunk async for chunk in server.stream_request({"messages": [{"role": "user", "content": "Hello?"}]})]
+        with pytest.raises(ContextLengthError):
+            await server.make_request({"messages": [{"role": "user", "content": "x" * (CONTEXT + 30)}]})
+    assert chat["model"] == "tiny"
+    assert len(chunks) > 1
+    with pytest.raises(ServerError) as caught:
+        async with LlamaCppServer(changed(config, model_kwargs={"no_such_option": True})) as server:
+            await server.wait_ready()
+    assert "--no-such-option" in str(caught.value.advice)
