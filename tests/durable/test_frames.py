@@ -263,3 +263,14 @@ def test_a_huge_commit_is_written_as_several_frames(tmp_path_factory, commits, f
     assert contents(folder) == [record for commit in commits for record in commit]
     frames = [frame for segment in read_segments(folder) for frame in segment.frames(verify=True)]
     assert all(frame.length <= frame_bytes or len(list(frame.entries())) == 1 for frame in frames)
+
+
+def test_a_commit_of_more_records_than_a_frame_can_have(tmp_path, monkeypatch):
+    # Answers of unfinished rows wait for the disk without a bound.
+    for module in ("frames", "journal"):
+        monkeypatch.setattr(f"trinfer.durable.{module}.LARGEST_COUNT", 10)
+    records = [Record(4, bytes([n]) * 16, b"x" * (n % 3)) for n in range(35)]
+    write(tmp_path, [records, records[:1]])
+    assert contents(tmp_path) == [*records, records[0]]
+    frames = [frame.count for segment in read_segments(tmp_path) for frame in segment.frames(verify=True)]
+    assert frames == [10, 10, 10, 5, 1]
