@@ -758,6 +758,27 @@ async def test_the_control_client_maps_every_error(tmp_path):
             await client.aclose()
 
 
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1"])
+async def test_probes_of_loopback_addresses_never_go_through_a_proxy(monkeypatch, proxy):
+    # As requests: Debian gives 127.0.1.1 to a machine's own name.
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy)
+
+    async def page(stream: trio.SocketStream) -> None:
+        await stream.receive_some(65536)
+        await stream.send_all(PLAIN)
+        stream.socket.close()
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, page, 0, host="127.0.1.1"))
+        port = listeners[0].socket.getsockname()[1]
+        client = ControlClient(Origin.from_url(f"http://127.0.1.1:{port}"))
+        assert await client.get("/x", timeout=5) == (200, b"hello")
+        await client.aclose()
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize(("timeout", "patience"), [(0.2, 5), (5, 0.2)], ids=["timed out", "cancelled"])
 async def test_a_tls_handshake_that_is_given_up_leaves_no_connection(timeout, patience):
     ended = trio.Event()
