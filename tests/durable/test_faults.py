@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.durable.test_frames import contents
 from trinfer import FileError
 from trinfer.durable.disk import Disk, unfinished, write_file
-from trinfer.durable.frames import Record
+from trinfer.durable.frames import PIECE, Record
 from trinfer.durable.journal import Journal
 
 if TYPE_CHECKING:
@@ -61,13 +61,20 @@ class FaultyDisk(Disk):
 
 
 @given(
-    fail_at=st.integers(0, 25),
+    fail_at=st.integers(0, 60),
     code=st.sampled_from([errno.EIO, errno.ENOSPC, errno.EROFS, errno.EDQUOT]),
     part=st.integers(0, 40),
     segment_bytes=st.sampled_from([1, 1 << 20]),
+    piece=st.sampled_from([1, 80, PIECE]),  # three writes for a commit, two, one
 )
-def test_a_journal_on_a_failing_disk(tmp_path_factory, fail_at, code, part, segment_bytes):
+def test_a_journal_on_a_failing_disk(tmp_path_factory, fail_at, code, part, segment_bytes, piece):
     folder = tmp_path_factory.mktemp("j") / "journal"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trinfer.durable.frames.PIECE", piece)
+        fail(folder, fail_at, code, part, segment_bytes)
+
+
+def fail(folder: Path, fail_at: int, code: int, part: int, segment_bytes: int) -> None:
     disk = FaultyDisk(fail_at, code, part)
     acknowledged: list[Record] = []
     offered: list[Record] = []
@@ -147,6 +154,26 @@ def test_a_full_disk_keeps_what_was_committed(small_disk: Path):
     again.append([Record(1, b"y" * 16, b"more")])
     again.close()
     assert contents(small_disk / "j")[-1].body == b"more"
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_commit(small_disk: Path):
+    first = Record(1, b"a" * 16, b"first")
+    large = [Record(1, bytes([n]) * 16, b"x" * 5000) for n in range(30)]  # two pieces and a bit, of which one has room
+    journal = Journal(small_disk / "j")
+    journal.append([first])
+    with pytest.raises(FileError, match="No space left on device"):
+        journal.append(large)
+    with pytest.raises(FileError, match="failed before"):
+        journal.append([Record(1, b"y" * 16, b"later")])
+    journal.close()
+    assert (small_disk / "j" / "000001.journal").stat().st_size > 30_000  # a part of it is there
+    assert contents(small_disk / "j") == [first]
+    Journal(small_disk / "j").close()  # what is cut off makes room
+    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    again = Journal(small_disk / "j")
+    again.append(large)
+    again.close()
+    assert contents(small_disk / "j") == [first, *large]
 
 
 def test_a_disk_that_becomes_read_only(small_disk: Path):

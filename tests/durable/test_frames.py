@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import struct
 import zlib
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from trinfer import FileError
 from trinfer.durable.disk import Disk
-from trinfer.durable.frames import HEAD_BYTES, Record
+from trinfer.durable.frames import HEAD_BYTES, PIECE, Record, encode_frame
 from trinfer.durable.journal import Journal, read_segments
 from trinfer.durable.repair import mend
 
@@ -94,6 +95,64 @@ def test_any_prefix_recovers_to_whole_commits_and_goes_on(tmp_path_factory, comm
         return  # a head of garbage is no journal; see below
     write(folder, [[Record(1, b"x" * 16, b"more")]], segment_bytes)
     assert contents(folder) == [*everything[:kept], Record(1, b"x" * 16, b"more")]
+
+
+@given(records=RECORDS, piece=st.integers(1, 200))
+def test_pieces_are_the_frame_however_small_they_are(records, piece):
+    whole = b"".join(encode_frame(records, 7))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trinfer.durable.frames.PIECE", piece)
+        assert b"".join(encode_frame(records, 7)) == whole
+
+
+MIXED = [Record(1 + n % 5, bytes([n]) * 16, b"trj1 %d" % n * (n % 3)) for n in range(8)]  # bodies may be empty
+PIECES = {
+    "many": [Record(1 + n % 5, n.to_bytes(16, "big"), b"%d" % n * 40) for n in range(1500)],
+    "empty": [Record(2, n.to_bytes(16, "big"), b"") for n in range(4000)],
+    "huge": [Record(1, b"h" * 16, b"x" * (3 * PIECE))],
+    "edges": [Record(1, bytes([n]) * 16, b"x" * (PIECE + n - 1)) for n in range(3)],
+}
+
+
+def cuts_of(records: list[Record], piece: int) -> list[int]:
+    """Lengths to which a frame may be torn: all of a small one; about the pieces' edges of a large one."""
+    edges = list(itertools.accumulate(map(len, encode_frame(records, 0))))
+    if edges[-1] < piece:
+        return list(range(edges[-1]))
+    return sorted({0, *(edge + by for edge in edges for by in (-1, 0, 1) if edge + by < edges[-1])})
+
+
+@pytest.mark.parametrize("name", ["mixed", *PIECES])
+@pytest.mark.parametrize("tail", ["nothing", "zeros", "garbage"])
+def test_a_commit_of_several_pieces_is_there_whole_or_not_at_all(tmp_path, monkeypatch, name, tail):
+    if name == "mixed":
+        monkeypatch.setattr("trinfer.durable.frames.PIECE", 16)
+    records = PIECES.get(name, MIXED)
+    first, more = Record(1, b"a" * 16, b"first"), Record(3, b"x" * 16, b"more")
+    (_, begin, _), (path, end, _) = write(tmp_path, [[first], records])
+    whole = path.read_bytes()
+    assert contents(tmp_path) == [first, *records]
+    for cut in cuts_of(records, PIECE):
+        left = end - begin - cut  # the file may have its length before it has its blocks
+        after = {"nothing": b"", "zeros": bytes(left), "garbage": b"\xff" * min(left, 50)}[tail]
+        path.write_bytes(whole[: begin + cut] + after)
+        if path.read_bytes() == whole:
+            continue
+        assert quick_look(tmp_path) == [(1, first.key)]
+        write(tmp_path, [[more]])
+        assert contents(tmp_path) == [first, more]
+
+
+@given(commits=COMMITS)
+def test_the_quick_ways_to_read_a_table_say_the_same(tmp_path_factory, commits):
+    folder = tmp_path_factory.mktemp("j") / "journal"
+    write(folder, commits)
+    for segment in read_segments(folder):
+        for frame in segment.frames(verify=False):
+            entries = list(frame.entries())
+            assert [(entry.kind, entry.length, entry.key) for entry in entries] == list(frame.rows())
+            assert frame.kinds == {entry.kind for entry in entries}
+            assert frame.count == len(entries)
 
 
 @given(commits=st.lists(RECORDS, min_size=2, max_size=6), data=st.data())
@@ -204,3 +263,14 @@ def test_a_huge_commit_is_written_as_several_frames(tmp_path_factory, commits, f
     assert contents(folder) == [record for commit in commits for record in commit]
     frames = [frame for segment in read_segments(folder) for frame in segment.frames(verify=True)]
     assert all(frame.length <= frame_bytes or len(list(frame.entries())) == 1 for frame in frames)
+
+
+def test_a_commit_of_more_records_than_a_frame_can_have(tmp_path, monkeypatch):
+    # Answers of unfinished rows wait for the disk without a bound.
+    for module in ("frames", "journal"):
+        monkeypatch.setattr(f"trinfer.durable.{module}.LARGEST_COUNT", 10)
+    records = [Record(4, bytes([n]) * 16, b"x" * (n % 3)) for n in range(35)]
+    write(tmp_path, [records, records[:1]])
+    assert contents(tmp_path) == [*records, records[0]]
+    frames = [frame.count for segment in read_segments(tmp_path) for frame in segment.frames(verify=True)]
+    assert frames == [10, 10, 10, 5, 1]

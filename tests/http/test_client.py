@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import random
@@ -607,7 +608,11 @@ class ProxyServer:
     async def __call__(self, stream: trio.SocketStream) -> None:
         head = b""
         while b"\r\n\r\n" not in head:
-            head += await stream.receive_some(65536)
+            more = await stream.receive_some(65536)
+            if not more:
+                stream.socket.close()
+                return
+            head += more
         self.heads.append(head)
         behind = await trio.open_tcp_stream("127.0.0.1", self.target.port)
         if head.startswith(b"CONNECT"):
@@ -753,6 +758,27 @@ async def test_the_control_client_maps_every_error(tmp_path):
             await client.aclose()
 
 
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1"])
+async def test_probes_of_loopback_addresses_never_go_through_a_proxy(monkeypatch, proxy):
+    # As requests: Debian gives 127.0.1.1 to a machine's own name.
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy)
+
+    async def page(stream: trio.SocketStream) -> None:
+        await stream.receive_some(65536)
+        await stream.send_all(PLAIN)
+        stream.socket.close()
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, page, 0, host="127.0.1.1"))
+        port = listeners[0].socket.getsockname()[1]
+        client = ControlClient(Origin.from_url(f"http://127.0.1.1:{port}"))
+        assert await client.get("/x", timeout=5) == (200, b"hello")
+        await client.aclose()
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize(("timeout", "patience"), [(0.2, 5), (5, 0.2)], ids=["timed out", "cancelled"])
 async def test_a_tls_handshake_that_is_given_up_leaves_no_connection(timeout, patience):
     ended = trio.Event()
@@ -770,6 +796,121 @@ async def test_a_tls_handshake_that_is_given_up_leaves_no_connection(timeout, pa
         assert outer.cancelled_caught is (patience < timeout)
         with trio.fail_after(1):  # the garbage collector would do it, too, but nobody knows when
             await ended.wait()
+        await client.aclose()
+
+
+class CancelAtStep(trio.abc.Instrument):
+    """Cancels a scope at the n-th step of the task that makes it; ``is_done`` tells whether there was one."""
+
+    def __init__(self, scope: trio.CancelScope, step: int) -> None:
+        self._scope, self._left = scope, step
+        self._task = trio.lowlevel.current_task()
+
+    @property
+    def is_done(self) -> bool:
+        return self._left <= 0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if task is self._task:
+            self._left -= 1
+            if self._left == 0:
+                self._scope.cancel()
+
+
+def sockets() -> set[str]:
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add(os.readlink(f"/proc/self/fd/{fd}"))
+    return {name for name in found if name.startswith("socket:")}
+
+
+@asynccontextmanager
+async def probed(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """A client for a server of this kind."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    tls = TlsOptions(str(folder / "ca.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1", "engine.invalid").configure_cert(context)
+
+    async def page(stream: trio.SocketStream) -> None:
+        with contextlib.suppress(trio.BrokenResourceError):
+            while await stream.receive_some(65536):
+                for piece in (OK[:5], OK[5:-3], OK[-3:]):
+                    await stream.send_all(piece)
+                    await trio.sleep(0.001)
+        stream.socket.close()
+
+    async with tls_server(context) as secure, serving(page) as plain:
+        match kind:
+            case "tcp":
+                yield ControlClient(plain)
+            case "tls":
+                yield ControlClient(secure, tls=tls)
+            case "unix":
+                async with trio.open_nursery() as nursery:
+                    listener = not_accepting(folder / "s", queue=100)
+                    nursery.start_soon(trio.serve_listeners, page, [listener])
+                    yield ControlClient(Origin.unix(str(folder / "s")))
+                    nursery.cancel_scope.cancel()
+            case _:
+                scheme = "https" if kind == "tunnel" else "http"
+                async with serving(ProxyServer(secure if kind == "tunnel" else plain)) as proxy:
+                    monkeypatch.setenv(f"{scheme}_proxy", proxy.url)
+                    yield ControlClient(Origin.from_url(f"{scheme}://engine.invalid"), tls=tls)
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix", "tls", "proxy", "tunnel"])
+async def test_a_probe_that_is_cancelled_at_any_step_leaves_no_connection(kind, tmp_path, monkeypatch):
+    async with probed(kind, tmp_path, monkeypatch) as client:
+
+        async def none_is_left() -> None:
+            while sockets() - before:  # the server's, too, end soon
+                await trio.sleep(0.001)
+
+        before = sockets()
+        assert await client.get("/x", timeout=5) == (200, b'{"ok":true}')
+        gc.disable()  # it would close them, but nobody knows when
+        try:
+            for step in itertools.count(1):
+                with trio.CancelScope() as scope:
+                    cancel = CancelAtStep(scope, step)
+                    trio.lowlevel.add_instrument(cancel)
+                    try:
+                        assert await client.get("/x", timeout=5) == (200, b'{"ok":true}')
+                    finally:
+                        trio.lowlevel.remove_instrument(cancel)
+                with trio.fail_after(2):
+                    await none_is_left()
+                assert await client.get("/x", timeout=5) == (200, b'{"ok":true}')
+                if not cancel.is_done:
+                    break
+        finally:
+            gc.enable()
+        assert step > 5
+        await client.aclose()
+
+
+async def test_probes_side_by_side_do_not_close_each_others_connections(tmp_path, monkeypatch):
+    chance = random.Random(1)
+    answered = 0
+
+    async def one(patience: float) -> None:
+        nonlocal answered
+        with trio.move_on_after(patience):
+            assert await client.get("/x", timeout=20) == (200, b'{"ok":true}')
+            answered += 1
+
+    async with probed("tcp", tmp_path, monkeypatch) as client:
+        async with trio.open_nursery() as nursery:
+            for _ in range(60):
+                nursery.start_soon(one, chance.choice([20, chance.uniform(0, 0.3)]))
+                nursery.start_soon(one, 20)
+        assert answered >= 60
         await client.aclose()
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "HEAD_BYTES",
     "KEY_BYTES",
     "LARGEST_BODY",
+    "LARGEST_COUNT",
     "Corrupt",
     "Entry",
     "Frame",
@@ -46,7 +47,7 @@ VERSION = 2
 HEAD = struct.Struct("<4sIIII")  # magic, salt, count, length of the bodies, checksum of the bodies
 CHECK = struct.Struct("<I")  # checksum of head and table
 ROW = struct.Struct("<BI16s")  # kind, length of the body, key
-LARGEST_COUNT = 1 << 20
+LARGEST_COUNT = 1 << 20  # records of a frame
 LARGEST_BODY = (1 << 30) - 1  # bytes
 CHUNK = 1 << 20
 PIECE = 1 << 16  # bytes of a frame that are written at once
@@ -170,7 +171,7 @@ def find_salt(fd: int) -> int | None:
 def encode_frame(records: Sequence[Record], salt: int) -> Iterator[bytes]:
     """One frame, in pieces: after a slow sync it has megabytes, of which no second copy is made.
 
-    The bodies together must stay below 4 GiB.
+    The bodies together must stay below 4 GiB, and the records must not be more than `LARGEST_COUNT`.
     """
     length = checksum = 0
     for record in records:

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trinfer.durable.disk import Disk, advice_for
-from trinfer.durable.frames import HEAD_BYTES, Corrupt, Frame, Record, encode_frame, new_head, read_salt, scan
+from trinfer.durable.frames import (
+    HEAD_BYTES,
+    LARGEST_COUNT,
+    Corrupt,
+    Frame,
+    Record,
+    encode_frame,
+    new_head,
+    read_salt,
+    scan,
+)
 from trinfer.errors import FileError
 
 if TYPE_CHECKING:
@@ -229,7 +239,7 @@ def _parts(records: Sequence[Record]) -> Iterator[Sequence[Record]]:
     """The records in portions that a frame can take."""
     begin = size = 0
     for at, record in enumerate(records):
-        if at > begin and size + len(record.body) > FRAME_BYTES:
+        if at > begin and (size + len(record.body) > FRAME_BYTES or at - begin == LARGEST_COUNT):
             yield records[begin:at]
             begin, size = at, 0
         size += len(record.body)

@@ -12,7 +12,7 @@ import httpx
 import trio
 
 from trinfer.errors import ConnectionLost, ProtocolError, RequestTimeout
-from trinfer.http.transport import TlsOptions
+from trinfer.http.transport import TlsOptions, is_local
 
 if TYPE_CHECKING:
     from trinfer.http.origin import Origin
@@ -39,7 +39,7 @@ class ControlClient:
     def open(self) -> HttpxClient:
         """The client itself, for requests of the user's own; its base URL is the origin."""
         if self._client is None:
-            local = self._origin.uds is not None or self._origin.host in {"127.0.0.1", "::1", "localhost"}
+            local = is_local(self._origin)
             # No keep-alive: probes are rare, and servers that write an answer in two pieces (as http.server does)
             # take 40 ms longer on a connection that is not fresh, by Nagle's algorithm and delayed acknowledgements.
             limits = httpx.Limits(max_keepalive_connections=0)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from trinfer.http.origin import Origin
     from trinfer.http.reactor import Feed
 
-__all__ = ["Proxy", "TlsOptions", "Transport", "connect", "find_proxy"]
+__all__ = ["Proxy", "TlsOptions", "Transport", "connect", "find_proxy", "is_local"]
 
 CLOSED = "it was closed on our side"
 MAX_PROXY_ANSWER = 64 * 1024
@@ -82,6 +82,11 @@ class Proxy:
     authorization: str | None = None
 
 
+def is_local(origin: Origin) -> bool:
+    """Whether an origin is on this machine by its name: a unix socket, or a loopback address."""
+    return origin.uds is not None or origin.host in {"localhost", "::1"} or origin.host.startswith("127.")
+
+
 def find_proxy(origin: Origin) -> Proxy | None:
     """The proxy for an origin, by ``HTTPS_PROXY``, ``HTTP_PROXY``, ``ALL_PROXY`` and ``NO_PROXY``.
 
@@ -90,7 +95,7 @@ def find_proxy(origin: Origin) -> Proxy | None:
     Raises:
         ValueError: it names something else than an http proxy.
     """
-    if origin.uds is not None or origin.host in {"localhost", "::1"} or origin.host.startswith("127."):
+    if is_local(origin):
         return None
     proxies = getproxies()
     url = proxies.get(origin.scheme) or proxies.get("all")
