@@ -753,6 +753,21 @@ async def test_the_control_client_maps_every_error(tmp_path):
             await client.aclose()
 
 
+async def test_the_control_clients_lack_of_descriptors_is_told_as_what_it_is(tmp_path):
+    trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
+    client = ControlClient(Origin("https", "127.0.0.1", 1), tls=TlsOptions(str(tmp_path / "ca.pem")))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # for the standard streams, and no more
+    try:
+        with pytest.raises(ConnectionLost, match="Too many open files"):
+            await client.get("/x", timeout=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with pytest.raises(ConnectionLost, match="failed"):
+        await client.get("/x", timeout=1)
+    await client.aclose()
+
+
 @pytest.mark.parametrize("how", ["timed out", "cancelled"])
 async def test_a_tls_handshake_that_is_given_up_leaves_no_connection(how):
     began, ended = trio.Event(), trio.Event()

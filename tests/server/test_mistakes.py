@@ -224,6 +224,18 @@ async def test_the_owners_lack_of_descriptors_is_not_the_engines_fault(few_descr
         await server.make_request(CHAT)
 
 
+async def test_the_owners_lack_of_descriptors_while_the_engine_loads_is_waited_for(few_descriptors):
+    take, give_back = few_descriptors
+    async with CustomServer(fake_config("--ready-after", "0.2", transport="tcp")) as server:
+        take()
+        with trio.move_on_after(1):
+            await server.wait_ready()
+        assert server.state is ServerState.STARTING
+        give_back()
+        await server.wait_ready()
+        await server.make_request(CHAT)
+
+
 async def test_a_full_disk_under_the_runtime_folder_is_named(small_disk, monkeypatch):
     run = small_disk / "run"
     (run / "ports").mkdir(mode=0o700, parents=True)

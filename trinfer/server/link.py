@@ -70,7 +70,11 @@ class Link:
 
     def is_open(self) -> bool:
         """Whether somebody listens, told for the price of a refused connect."""
-        listens = accepts_connections(self.origin.host, self.origin.port, self.origin.uds)
+        try:
+            listens = accepts_connections(self.origin.host, self.origin.port, self.origin.uds)
+        except OSError as error:  # a lack of our own, of file descriptors most often, which may pass
+            self.last_look = f"{self.origin.url} could not be looked at: {error}"
+            return False
         if not listens:
             self.last_look = f"nothing listens at {self.origin.url}"
         return listens
