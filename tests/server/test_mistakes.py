@@ -229,7 +229,7 @@ async def test_the_owners_lack_of_descriptors_is_not_the_engines_fault(few_descr
         await server.make_request(CHAT)
 
 
-async def test_the_owners_lack_of_descriptors_while_the_engine_loads_is_waited_for(few_descriptors):
+async def test_the_owners_lack_of_descriptors_while_the_engine_loads_is_waited_for(few_descriptors, caplog):
     take, give_back = few_descriptors
     async with CustomServer(fake_config("--ready-after", "0.2", transport="tcp")) as server:
         take()
@@ -239,6 +239,7 @@ async def test_the_owners_lack_of_descriptors_while_the_engine_loads_is_waited_f
         give_back()
         await server.wait_ready()
         await server.make_request(CHAT)
+    assert caplog.text.count("could not be looked at: [Errno 24] Too many open files") == 1
 
 
 async def test_a_full_disk_under_the_runtime_folder_is_named(small_disk, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import trio
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PROBE_TIMEOUT", "Link", "is_ours", "local_origin", "reachable"]
 
+logger = logging.getLogger(__name__)
+
 READINESS_PATH = "/v1/models"
 PROBE_TIMEOUT = 5.0  # seconds for one look; SGLang is known to take one
 
@@ -30,6 +33,7 @@ class Link:
     def __init__(self, origin: Origin, api_key: str | None, config: InferenceConfig) -> None:
         self.origin = origin
         self.last_look = ""  # what the last look for readiness found, in words
+        self._told = False  # that we could not even look
         tls = TlsOptions(config.tls_ca_file, config.tls_cert_file, config.tls_key_file)
         try:
             self.api = ApiClient(
@@ -74,6 +78,9 @@ class Link:
             listens = accepts_connections(self.origin.host, self.origin.port, self.origin.uds)
         except OSError as error:  # a lack of our own, of file descriptors most often, which may pass
             self.last_look = f"{self.origin.url} could not be looked at: {error}"
+            if not self._told:  # the deadline of a start may be far away
+                self._told = True
+                logger.warning("whether the engine is ready cannot be seen now: %s", self.last_look)
             return False
         if not listens:
             self.last_look = f"nothing listens at {self.origin.url}"
