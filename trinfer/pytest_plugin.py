@@ -64,6 +64,7 @@ def trinfer_server() -> Generator[Callable[..., InferenceServer], None, None]:
     """``async with trinfer_server(config, rank=0) as server``; the test fails if processes of it are left."""
     from trinfer.engines.create import create_server
     from trinfer.process.identity import SERVER_VARIABLE, find_trees
+    from trinfer.process.spawn import CLEAN_LOOKS
 
     made: list[InferenceServer] = []
 
@@ -74,7 +75,12 @@ def trinfer_server() -> Generator[Callable[..., InferenceServer], None, None]:
     yield make
     ids = {server.marker[SERVER_VARIABLE] for server in made}
     give_up = time.monotonic() + PATIENCE
-    while left := [pid for tree in find_trees() if tree.server in ids for pid in tree.pids]:
-        if time.monotonic() > give_up:
+    clean = 0
+    while ids:
+        left = [pid for tree in find_trees() if tree.server in ids for pid in tree.pids]
+        clean = 0 if left else clean + 1
+        if clean == CLEAN_LOOKS:
+            break
+        if left and time.monotonic() > give_up:
             pytest.fail(f"processes of a server are left: {left} (own pid {os.getpid()})", pytrace=False)
         time.sleep(0.02)

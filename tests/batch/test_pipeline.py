@@ -173,8 +173,14 @@ async def test_a_full_disk_stops_the_run():
 
 
 async def test_a_cancelled_run_commits_what_was_answered_and_is_not_complete():
-    server, target, summary = Server(0.02, 0.0), Lines(), Summary()
-    with trio.move_on_after(0.5) as scope:
+    class Cancelling(Server):
+        async def make_request(self, payload):
+            if self.answered > 50:
+                scope.cancel()
+            return await super().make_request(payload)
+
+    server, target, summary = Cancelling(0.02, 0.0), Lines(), Summary()
+    with trio.CancelScope() as scope:
         await run(server, Rows(10**9), target, summary=summary)
     assert scope.cancelled_caught
     assert len(target.ids) == server.answered > 50
@@ -182,17 +188,15 @@ async def test_a_cancelled_run_commits_what_was_answered_and_is_not_complete():
 
 
 async def test_stopping_finishes_what_is_under_way_and_nothing_more():
-    server, target, stop, summary = Server(latency=0.3), Lines(), trio.Event(), Summary()
+    class Stopping(Server):
+        async def make_request(self, payload):
+            if self.running == 9:  # with this one, all ten are under way
+                stop.set()
+            return await super().make_request(payload)
+
+    server, target, stop, summary = Stopping(latency=0.3), Lines(), trio.Event(), Summary()
     server.answered = 1  # ready
-
-    async with trio.open_nursery() as nursery:
-
-        async def stop_soon() -> None:
-            await trio.sleep(0.1)
-            stop.set()
-
-        nursery.start_soon(stop_soon)
-        await run(server, Rows(30), target, stop=stop, summary=summary)
+    await run(server, Rows(30), target, stop=stop, summary=summary)
     assert len(target.ids) == 10
     assert not summary.is_complete
 

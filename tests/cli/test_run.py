@@ -389,12 +389,15 @@ def test_what_takes_too_long_is_dropped(tmp_path: Path):
 
 
 def test_a_second_signal_ends_the_run_at_once_and_leaves_no_engine(tmp_path: Path):
-    process = start(tmp_path, latency=30)
+    logs = tmp_path / "logs"
+    process = start(tmp_path, "--server-log-folder", str(logs), latency=30, more="--print-at-request 4 all-are-here")
     assert process.stderr is not None
     give_up = time.monotonic() + 20
-    while not (engines := engines_of(process.pid)) and time.monotonic() < give_up:
+    while not (logs.exists() and any("all-are-here" in log.read_text() for log in logs.iterdir())):
+        assert time.monotonic() < give_up
         time.sleep(0.02)
-    time.sleep(1)
+    engines = engines_of(process.pid)
+    assert engines
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert process.poll() is None  # it waits for what is under way

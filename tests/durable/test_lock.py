@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -95,7 +94,7 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path):
         pass
 
 
-def test_a_lock_that_is_held_for_a_moment_is_waited_for(tmp_path: Path):
+def test_a_lock_that_is_held_for_a_moment_is_waited_for(tmp_path: Path, monkeypatch):
     # Whoever starts locks the files of others for as long as it takes to see that nobody holds them.
     with RunLock(tmp_path):
         pass
@@ -103,11 +102,20 @@ def test_a_lock_that_is_held_for_a_moment_is_waited_for(tmp_path: Path):
     path.touch()
     fd = os.open(path, os.O_RDWR)
     fcntl.flock(fd, fcntl.LOCK_EX)
-    thread = threading.Timer(0.05, os.close, [fd])
-    thread.start()
+    flock, held = fcntl.flock, [fd]
+
+    def given_back_after_a_look(fd: int, how: int) -> None:
+        try:
+            flock(fd, how)
+        except BlockingIOError:
+            if held:
+                os.close(held.pop())
+            raise
+
+    monkeypatch.setattr(fcntl, "flock", given_back_after_a_look)
     with RunLock(tmp_path):
         assert path.exists()
-    thread.join()
+    assert not held
 
 
 def test_who_is_alone(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import openai
@@ -226,7 +227,11 @@ async def test_an_endpoint_that_is_not_there():
         server_ready_delay_sec=0.3,
     )
     async with EndpointServer(config) as server:
-        with pytest.raises(ServerError, match=r"not ready within 0\.3 s") as caught:
+        with pytest.raises(ServerError, match="not ready within") as caught:
             await server.make_request(CHAT)
+        # How long it has waited in truth, which is more on a busy machine.
+        found = re.search(r"not ready within ([0-9.]+) s", caught.value.message)
+        assert found is not None
+        assert 0.3 <= float(found[1]) < 5
         assert "127.0.0.1:1" in caught.value.message  # what was tried, and how it failed
         assert len(caught.value.history) == 1  # there is nothing to start again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from contextlib import asynccontextmanager
 
@@ -11,6 +12,7 @@ import trio
 import trio.testing
 
 from tests.http.scripted import Scripted, serving
+from trinfer.http import reactor as reactor_module
 from trinfer.http.pool import Pool
 from trinfer.http.reactor import CHUNK, Reactor, Watched
 from trinfer.http.transport import PlainTransport
@@ -249,6 +251,34 @@ async def test_a_forked_copy_of_a_closed_socket_troubles_nobody():
         assert isinstance(following.transport._watched, Watched)
         assert not following.transport._watched._news
         os.close(copy)
+
+
+async def test_without_a_descriptor_for_its_epoll_it_begins_when_there_is_one(monkeypatch):
+    monkeypatch.setattr(reactor_module, "TRY_AGAIN", 0.02)
+    reactor = Reactor()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with trio.open_nursery() as nursery:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # for the standard streams, and no more
+        try:
+            nursery.start_soon(reactor.run)
+            await trio.testing.wait_all_tasks_blocked()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        early = Wire(reactor)
+        early.peer.sendall(b"hello")
+        assert await early.read(5) == b"hello"
+        assert early.transport._watched is None
+        with trio.fail_after(5):
+            while reactor._epoll is None:
+                await trio.sleep(0.01)
+        late = Wire(reactor)
+        assert late.transport._watched is not None
+        for wire in (early, late):
+            wire.peer.sendall(b"hello")
+            assert await wire.read(5) == b"hello"
+            wire.transport.close()
+            wire.peer.close()
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_pool_makes_its_connections_with_the_reactor_that_it_runs():

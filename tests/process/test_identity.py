@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 from trinfer.process.identity import (
     RUN_VARIABLE,
@@ -48,6 +50,11 @@ def test_trees_are_found_by_the_environment_of_their_processes():
         subprocess.Popen(["sleep", "60"], env={**os.environ, RUN_VARIABLE: "half a mark"}),
     ]
     try:
+        give_up = time.monotonic() + 5
+        # Popen returns in the midst of exec(2), and a process shows no environment until its end.
+        while not all(Path(f"/proc/{child.pid}/environ").read_bytes() for child in children):
+            assert time.monotonic() < give_up
+            time.sleep(0.001)
         trees = {tree.server: tree for tree in find_trees()}
         tree = trees[marker[SERVER_VARIABLE]]
         assert tree.run == run_id()

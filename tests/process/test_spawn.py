@@ -142,7 +142,9 @@ async def test_a_stop_ends_the_whole_tree_quickly(guarded):
 async def test_a_deaf_tree_goes_after_the_grace_period(guarded):
     command = fake_command("--deaf", "--deaf-grandchild", "--never-ready", address=("--port", "1"))
     process = await guarded.start(command, grace=0.5)
-    await trio.sleep(0.5)
+    with trio.fail_after(5):
+        while not (len(process.tree()) == 3 and all(sigterm_is("Ign", pid) for pid in process.tree())):
+            await trio.sleep(0.01)
     began = trio.current_time()
     process.stop()
     outcome = await process.wait()
@@ -153,7 +155,7 @@ async def test_a_deaf_tree_goes_after_the_grace_period(guarded):
 async def test_a_process_that_forks_its_successor_for_ever_goes_after_the_grace_period(guarded):
     process = await guarded.start(fake_command("--respawning", address=("--port", "1")), grace=1.0)
     with trio.fail_after(5):
-        while not (len(process.tree()) == 2 and all(hears_sigterm(pid) for pid in process.tree())):
+        while not (len(process.tree()) == 2 and all(sigterm_is("Cgt", pid) for pid in process.tree())):
             await trio.sleep(0.01)
     before = set(process.tree())
     began = trio.current_time()
@@ -175,19 +177,21 @@ def state_of(pid: int) -> str:
         return "Z"
 
 
-def hears_sigterm(pid: int) -> bool:
-    """Whether it has a handler already: before that, SIGTERM ends it."""
+def sigterm_is(what: str, pid: int) -> bool:
+    """Whether it catches ("Cgt") or ignores ("Ign") SIGTERM already: before that, SIGTERM ends it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return False
-    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) & 1 << (signal.SIGTERM - 1))
+    return bool(int(status.partition(f"Sig{what}:")[2].split()[0], 16) & 1 << (signal.SIGTERM - 1))
 
 
 async def test_a_second_word_cuts_the_grace_short(guarded):
     command = fake_command("--deaf", "--never-ready", address=("--port", "1"))
     process = await guarded.start(command, grace=60)
-    await trio.sleep(0.3)
+    with trio.fail_after(5):
+        while not sigterm_is("Ign", process.engine_pid):
+            await trio.sleep(0.01)
     process.stop()
     await trio.sleep(0.1)
     process.stop(now=True)

@@ -155,14 +155,19 @@ async def test_a_body_that_blocks_beyond_the_deadline_does_not_fail_the_engine()
 
 async def test_threads_of_the_user_do_not_keep_trinfers_from_working():
     limiter = trio.to_thread.current_default_thread_limiter()
-    async with CustomServer(fake_config("--ready-after", "0.3")) as server:
-        before = limiter.total_tokens
+    async with CustomServer(fake_config("--ready-after", "0.5")) as server:
+        done = threading.Event()
         async with trio.open_nursery() as nursery:
-            for _ in range(int(before) + 5):
-                nursery.start_soon(trio.to_thread.run_sync, time.sleep, 1.0)
-            await trio.sleep(0.1)
-            with trio.fail_after(0.9):
-                await server.wait_ready()
+            for _ in range(int(limiter.total_tokens) + 5):
+                nursery.start_soon(trio.to_thread.run_sync, done.wait)
+            try:
+                with trio.fail_after(5):
+                    while limiter.available_tokens:
+                        await trio.sleep(0.01)
+                with trio.fail_after(5):
+                    await server.wait_ready()
+            finally:
+                done.set()
 
 
 async def test_threads_of_the_user_do_not_hide_a_wedge():
@@ -222,6 +227,19 @@ async def test_the_owners_lack_of_descriptors_is_not_the_engines_fault(few_descr
         give_back()
         assert server.state is ServerState.READY
         await server.make_request(CHAT)
+
+
+async def test_the_owners_lack_of_descriptors_while_the_engine_loads_is_waited_for(few_descriptors, caplog):
+    take, give_back = few_descriptors
+    async with CustomServer(fake_config("--ready-after", "0.2", transport="tcp")) as server:
+        take()
+        with trio.move_on_after(1):
+            await server.wait_ready()
+        assert server.state is ServerState.STARTING
+        give_back()
+        await server.wait_ready()
+        await server.make_request(CHAT)
+    assert caplog.text.count("could not be looked at: [Errno 24] Too many open files") == 1
 
 
 async def test_a_full_disk_under_the_runtime_folder_is_named(small_disk, monkeypatch):

@@ -228,11 +228,19 @@ async def test_a_line_about_memory_does_not_end_a_serving_engine():
         assert server.state is ServerState.READY
 
 
+def seconds_waited(error: ServerError) -> float:
+    found = re.search(r"not ready within ([0-9.]+) s", error.message)
+    assert found is not None
+    return float(found[1])
+
+
 async def test_an_engine_that_is_never_ready_runs_into_its_deadline():
     config = fake_config("--never-ready", *TREE, server_ready_max_attempts=2, server_ready_delay_sec=0.2)
     async with CustomServer(config) as server:
-        with pytest.raises(ServerError, match=r"not ready within 0\.4 s"):
+        with pytest.raises(ServerError, match="not ready within") as caught:
             await server.wait_ready()
+    # It tells how long it has waited in truth, which is more on a busy machine.
+    assert 0.4 <= seconds_waited(caught.value) < 5
 
 
 async def test_a_missing_program_is_named():

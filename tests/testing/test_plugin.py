@@ -96,3 +96,29 @@ def test_in_a_suite_of_a_users_own(pytester: pytest.Pytester):
     left = re.search(r"processes of a server are left: \[(\d+)\]", result.stdout.str())
     assert left is not None
     os.kill(int(left[1]), signal.SIGKILL)
+
+
+def test_a_process_that_is_just_being_executed_is_found_all_the_same(pytester: pytest.Pytester):
+    """Within exec(2), a process shows no environment: the first look does not see it."""
+    pytester.makeini("[pytest]\ntrio_mode = true\n")
+    pytester.makepyfile(
+        """
+        import os, subprocess
+        from trinfer.process import identity
+
+        async def test_leaves_a_process(fake_engine, trinfer_server):
+            server = trinfer_server(fake_engine())
+            subprocess.Popen(["sleep", "20"], env={**os.environ, **server.marker})
+
+        find_trees, looks = identity.find_trees, []
+        def too_early():
+            looks.append(1)
+            return [] if len(looks) == 1 else find_trees()
+        identity.find_trees = too_early
+        """
+    )
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-W", "ignore")
+    result.assert_outcomes(passed=1, errors=1)
+    left = re.search(r"processes of a server are left: \[(\d+)\]", result.stdout.str())
+    assert left is not None
+    os.kill(int(left[1]), signal.SIGKILL)

@@ -79,7 +79,7 @@ class ControlClient:
                         return answer.status_code, bytes(body)
         except httpx.TimeoutException:
             pass
-        except httpx.TransportError as error:
+        except (httpx.TransportError, OSError) as error:  # at its first use, httpx reads files
             raise ConnectionLost(f"GET {base.url}{path}: {_reason(error)}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ProtocolError(f"GET {base.url}{path}: {error}") from error

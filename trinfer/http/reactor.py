@@ -4,11 +4,13 @@ Rule: what comes is read and parsed in the reactor's own turn, and the task that
 answer is complete. trio's `wait_readable` registers a socket anew for each wait, and a task is woken for each piece;
 that costs as much as all the rest of a small request.
 
-Where there is no epoll (macOS), or nobody runs the reactor, transports wait by trio's primitives.
+Where there is no epoll (macOS, or no file descriptor for it), or nobody runs the reactor, transports wait by trio's
+primitives.
 """
 
 from __future__ import annotations
 
+import errno
 import select
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["CHUNK", "Reactor", "Watched"]
 
 CHUNK = 65536
+SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC})
+TRY_AGAIN = 1.0  # seconds between two tries to get an epoll
 TURN = 16  # chunks that are read for one connection before it is the turn of the others
 
 
@@ -121,7 +125,12 @@ class Reactor:
         """Watch a connected, non-blocking socket until `forget`; None where nobody would look after it."""
         if self._epoll is None:
             return None
-        self._epoll.register(fd, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
+        try:
+            self._epoll.register(fd, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
+        except OSError as error:
+            if error.errno not in SCARCE:  # the kernel bounds how many a user may have registered
+                raise
+            return None
         watched = self._watched[fd] = Watched(recv)
         return watched
 
@@ -140,7 +149,7 @@ class Reactor:
         """Look after the sockets, until cancelled. Who waits then wakes up, and waits in other ways."""
         if not hasattr(select, "epoll"):
             await trio.sleep_forever()
-        with select.epoll() as epoll:
+        with await self._open() as epoll:
             self._epoll = epoll
             try:
                 await self._look(epoll)
@@ -149,6 +158,17 @@ class Reactor:
                 lost, self._watched = self._watched, {}
                 for watched in lost.values():
                     watched.lose()
+
+    @staticmethod
+    async def _open() -> select.epoll:
+        """An epoll, as soon as there is a file descriptor for it."""
+        while True:
+            try:
+                return select.epoll()
+            except OSError as error:
+                if error.errno not in SCARCE:
+                    raise
+            await trio.sleep(TRY_AGAIN)
 
     async def _look(self, epoll: select.epoll) -> None:
         number, poll, ordinary = epoll.fileno(), epoll.poll, select.EPOLLIN

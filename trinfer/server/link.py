@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import trio
@@ -10,6 +11,7 @@ from trinfer.errors import InferenceError, ServerError
 from trinfer.http.api import ApiClient, Timeouts
 from trinfer.http.control import ControlClient, HttpxClient
 from trinfer.http.origin import Origin
+from trinfer.http.pool import SCARCE
 from trinfer.http.retry import RetryPolicy
 from trinfer.http.transport import TlsOptions
 from trinfer.server.readiness import accepts_connections, served_models
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from trinfer.server.attempt import Attempt
 
 __all__ = ["PROBE_TIMEOUT", "Link", "is_ours", "local_origin", "reachable"]
+
+logger = logging.getLogger(__name__)
 
 READINESS_PATH = "/v1/models"
 PROBE_TIMEOUT = 5.0  # seconds for one look; SGLang is known to take one
@@ -30,6 +34,7 @@ class Link:
     def __init__(self, origin: Origin, api_key: str | None, config: InferenceConfig) -> None:
         self.origin = origin
         self.last_look = ""  # what the last look for readiness found, in words
+        self._told = False  # that we could not even look
         tls = TlsOptions(config.tls_ca_file, config.tls_cert_file, config.tls_key_file)
         try:
             self.api = ApiClient(
@@ -70,7 +75,17 @@ class Link:
 
     def is_open(self) -> bool:
         """Whether somebody listens, told for the price of a refused connect."""
-        listens = accepts_connections(self.origin.host, self.origin.port, self.origin.uds)
+        try:
+            listens = accepts_connections(self.origin.host, self.origin.port, self.origin.uds)
+        except OSError as error:
+            if error.errno not in SCARCE:
+                raise
+            # A lack of our own, which may pass.
+            self.last_look = f"{self.origin.url} could not be looked at: {error}"
+            if not self._told:  # the deadline of a start may be far away
+                self._told = True
+                logger.warning("whether the engine is ready cannot be seen now: %s", self.last_look)
+            return False
         if not listens:
             self.last_look = f"nothing listens at {self.origin.url}"
         return listens
