@@ -80,7 +80,8 @@ class InferenceConfig:
         server_log_folder: where the engine's output is kept, one rotated file per rank and node, mode 0600.
         server_log_max_bytes: size at which that file is rotated, in bytes.
         master_port: port for the nodes of a multi-node engine to find each other.
-        server_start_timeout_sec: seconds that spawning the engine's process may take (not its loading).
+        server_start_timeout_sec: seconds that spawning the engine's process may take (not its loading). trio
+            starts processes in a thread of its default limiter: threads that wait for the server need another one.
         server_ready_max_attempts, server_ready_delay_sec: their product is the deadline for readiness, in seconds.
             Polling is adaptive: it begins at milliseconds, and the delay is its slowest pace, reached after
             minutes only.

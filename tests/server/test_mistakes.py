@@ -170,6 +170,25 @@ async def test_threads_of_the_user_do_not_keep_trinfers_from_working():
                 done.set()
 
 
+async def test_threads_of_the_user_that_keep_an_engine_from_starting_are_named():
+    limiter = trio.to_thread.current_default_thread_limiter()
+    done = threading.Event()
+    async with trio.open_nursery() as nursery:
+        for _ in range(int(limiter.total_tokens) + 5):
+            nursery.start_soon(trio.to_thread.run_sync, done.wait)
+        try:
+            with trio.fail_after(5):
+                while limiter.available_tokens:
+                    await trio.sleep(0.01)
+            with trio.fail_after(10), pytest.raises(ServerError, match="spawning the engine took more") as caught:
+                async with CustomServer(fake_config(server_start_timeout_sec=0.5)) as server:
+                    await server.wait_ready()
+        finally:
+            done.set()
+    assert "threads that trio allows by default are taken" in str(caught.value.cause)
+    assert "limiter" in str(caught.value.advice)
+
+
 async def test_threads_of_the_user_do_not_hide_a_wedge():
     config = fake_config("--wedge-after", "0", "--no-metrics", max_restarts=0, stall_timeout=0.5)
     async with CustomServer(config) as server, trio.open_nursery() as nursery:

@@ -1,4 +1,7 @@
-"""Threads for blocking calls of trinfer's own: a user's threads must not keep an engine from starting."""
+"""Threads for blocking calls of trinfer's own: those of a user, who may have all of trio's at work, are no hindrance.
+
+But for one: trio starts processes in a thread of its default limiter, and nobody can give it another.
+"""
 
 from __future__ import annotations
 

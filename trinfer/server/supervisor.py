@@ -283,9 +283,7 @@ class Supervisor:
                 await server.start_server()
             self.launched.set()
             if spawning.cancelled_caught:
-                return ServerError(
-                    f"{server.name}: spawning the engine took more than {limit:g} s (server_start_timeout_sec)"
-                )
+                return _too_slow(f"{server.name}: spawning the engine took more than {limit:g} s")
             attempt.start_soon(partial(self._watch_process, attempt))
             if serves:
                 self.link = server.open_link()
@@ -381,3 +379,15 @@ class Supervisor:
         except Exception:
             # An engine that serves is not ended because nobody can watch it.
             logger.exception("%s: the health watch has failed; its process is still watched", self._server.name)
+
+
+def _too_slow(what: str) -> ServerError:
+    """The engine was not spawned in its time. trio starts processes in threads of its default limiter, always."""
+    if trio.to_thread.current_default_thread_limiter().available_tokens:
+        return ServerError(f"{what} (server_start_timeout_sec)")
+    return ServerError(
+        f"{what} (server_start_timeout_sec)",
+        cause="all threads that trio allows by default are taken, and starting a process needs one",
+        advice="give threads that work for long, or wait for this server, a limiter of their own: "
+        "trio.to_thread.run_sync(…, limiter=trio.CapacityLimiter(n))",
+    )
