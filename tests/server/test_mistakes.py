@@ -153,24 +153,9 @@ async def test_a_body_that_blocks_beyond_the_deadline_does_not_fail_the_engine()
         assert text_of(await server.make_request(CHAT)) == "echo: hello"
 
 
-async def test_threads_of_the_user_do_not_keep_trinfers_from_working():
-    limiter = trio.to_thread.current_default_thread_limiter()
-    async with CustomServer(fake_config("--ready-after", "0.5")) as server:
-        done = threading.Event()
-        async with trio.open_nursery() as nursery:
-            for _ in range(int(limiter.total_tokens) + 5):
-                nursery.start_soon(trio.to_thread.run_sync, done.wait)
-            try:
-                with trio.fail_after(5):
-                    while limiter.available_tokens:
-                        await trio.sleep(0.01)
-                with trio.fail_after(5):
-                    await server.wait_ready()
-            finally:
-                done.set()
-
-
-async def test_threads_of_the_user_that_keep_an_engine_from_starting_are_named():
+@contextlib.asynccontextmanager
+async def all_threads_taken():
+    """All threads that trio allows by default work for the user."""
     limiter = trio.to_thread.current_default_thread_limiter()
     done = threading.Event()
     async with trio.open_nursery() as nursery:
@@ -180,27 +165,33 @@ async def test_threads_of_the_user_that_keep_an_engine_from_starting_are_named()
             with trio.fail_after(5):
                 while limiter.available_tokens:
                     await trio.sleep(0.01)
-            with trio.fail_after(10), pytest.raises(ServerError, match="spawning the engine took more") as caught:
-                async with CustomServer(fake_config(server_start_timeout_sec=0.5)) as server:
-                    await server.wait_ready()
+            yield
         finally:
             done.set()
+
+
+async def test_threads_of_the_user_do_not_keep_trinfers_from_working():
+    async with CustomServer(fake_config("--ready-after", "0.5")) as server, all_threads_taken():
+        with trio.fail_after(5):
+            await server.wait_ready()
+
+
+async def test_threads_of_the_user_that_keep_an_engine_from_starting_are_named():
+    async with all_threads_taken():
+        with trio.fail_after(10), pytest.raises(ServerError, match="spawning the engine took more") as caught:
+            async with CustomServer(fake_config(server_start_timeout_sec=0.5)) as server:
+                await server.wait_ready()
     assert "threads that trio allows by default are taken" in str(caught.value.cause)
     assert "limiter" in str(caught.value.advice)
 
 
 async def test_threads_of_the_user_do_not_hide_a_wedge():
     config = fake_config("--wedge-after", "0", "--no-metrics", max_restarts=0, stall_timeout=0.5)
-    async with CustomServer(config) as server, trio.open_nursery() as nursery:
+    async with CustomServer(config) as server:
         await server.wait_ready()
-        done = threading.Event()
-        for _ in range(int(trio.to_thread.current_default_thread_limiter().total_tokens) + 5):
-            nursery.start_soon(trio.to_thread.run_sync, done.wait)
-        try:
+        async with all_threads_taken():
             with trio.fail_after(3), pytest.raises(ServerError, match="the engine is wedged"):
                 await server.make_request(CHAT)
-        finally:
-            done.set()
 
 
 async def test_a_body_that_blocks_does_not_make_the_engine_look_wedged():
