@@ -17,6 +17,8 @@ from trinfer.results import InferenceResult
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from trinfer.server.base import InferenceServer
+
 __all__ = ["ROUTES", "BatchFileJob", "Routed"]
 
 ROUTES = (
@@ -104,7 +106,7 @@ class BatchFileJob:
 ROUTE = "\0route"  # no JSON field that anybody uses
 
 
-def _usage(usage: Any) -> Mapping[str, Any]:  # noqa: ANN401  # from an answer: anything
+def _usage(usage: object) -> Mapping[str, Any]:
     """Counts by the names that completions use; the responses route has others."""
     if not isinstance(usage, dict):
         return {}
@@ -115,7 +117,7 @@ def _usage(usage: Any) -> Mapping[str, Any]:  # noqa: ANN401  # from an answer: 
 class Routed:
     """A server as the batch sees it, which sends each request to its own route."""
 
-    def __init__(self, server: Any) -> None:  # noqa: ANN401  # an InferenceServer
+    def __init__(self, server: InferenceServer) -> None:
         self._server = server
 
     async def wait_ready(self) -> None:

@@ -16,6 +16,8 @@ from trinfer.errors import ConfigError, FileError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from jinja2 import Template
+
 __all__ = ["PromptOptions", "Prompts", "read_template"]
 
 MESSAGES = "messages"
@@ -76,7 +78,7 @@ class Prompts:
                     raise ConfigError(f"{option} needs the chat route: allowed is one of {option} and --no-chat")
         if options.template is not None and options.prompt_field is not None:
             raise ConfigError("a template names its fields itself: allowed is one of --template and --prompt-field")
-        self._template: Any = _compile(options.template) if options.template is not None else None
+        self._template = _compile(options.template) if options.template is not None else None
 
     def payload(self, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
         """The request for a row.
@@ -100,7 +102,7 @@ class Prompts:
 
     def _prompt(self, fields: Mapping[str, Any], place: str) -> str | list[Any]:
         if self._template is not None:
-            return self._render(fields, place)
+            return self._render(self._template, fields, place)
         options = self._options
         wanted = (options.prompt_field,) if options.prompt_field else PROMPT_FIELDS
         name = next((name for name in wanted if fields.get(name) is not None), None)
@@ -118,16 +120,16 @@ class Prompts:
         kinds = "no list of messages with roles" if name == MESSAGES else "neither a text nor a list of messages"
         raise InvalidRow(f"{place}: the field {name!r} is {kinds}")
 
-    def _render(self, fields: Mapping[str, Any], place: str) -> str:
+    def _render(self, template: Template, fields: Mapping[str, Any], place: str) -> str:
         try:
-            text: str = self._template.render(fields)
+            text: str = template.render(fields)
         except Exception as error:  # a template may fail in any way, and with it only its row
             raise InvalidRow(f"{place}: the template fails: {type(error).__name__}: {error}") from error
         if len(text) > LONGEST_PROMPT:
             raise InvalidRow(f"{place}: the template makes {len(text)} characters, more than {LONGEST_PROMPT}")
         return text
 
-    def _with_images(self, messages: list[Any], images: Any, place: str) -> list[Any]:  # noqa: ANN401  # a JSON value
+    def _with_images(self, messages: list[Any], images: object, place: str) -> list[Any]:
         """Put the images into the last message of the user."""
         urls = [self._image_url(each, place) for each in (images if isinstance(images, list) else [images])]
         at = next((n for n in reversed(range(len(messages))) if messages[n]["role"] == "user"), None)
@@ -138,7 +140,7 @@ class Prompts:
         parts = [*parts, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
         return [*messages[:at], {**messages[at], "content": parts}, *messages[at + 1 :]]
 
-    def _image_url(self, image: Any, place: str) -> str:  # noqa: ANN401  # a JSON value
+    def _image_url(self, image: object, place: str) -> str:
         if not isinstance(image, str):
             raise InvalidRow(f"{place}: an image is a JSON {type(image).__name__}, not a text")
         if image.startswith(("data:", "http://", "https://")):
@@ -165,7 +167,7 @@ class Prompts:
         return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _compile(text: str) -> Any:  # noqa: ANN401  # a template of jinja2
+def _compile(text: str) -> Template:
     load("jinja2", "--template")
     from jinja2 import StrictUndefined, TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
